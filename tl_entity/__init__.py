@@ -1,0 +1,72 @@
+"""Does a fine-tuned model use the same mechanism, only better?
+
+Path patching, circuits and cross-model comparison for Llama-family models on TransformerLens.
+Every name below is imported on first use, so that `import tl_entity` stays quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_entity.errors import InputError as InputError
+    from tl_entity.heads import Circuit as Circuit
+    from tl_entity.heads import Group as Group
+    from tl_entity.heads import Head as Head
+    from tl_entity.methods.attention import summarize_attention as summarize_attention
+    from tl_entity.methods.circuits import Evaluation as Evaluation
+    from tl_entity.methods.circuits import Faithfulness as Faithfulness
+    from tl_entity.methods.circuits import evaluate as evaluate
+    from tl_entity.methods.circuits import mean_head_outputs as mean_head_outputs
+    from tl_entity.methods.circuits import random_circuits as random_circuits
+    from tl_entity.methods.discovery import Discovery as Discovery
+    from tl_entity.methods.discovery import Stage as Stage
+    from tl_entity.methods.discovery import discover_circuit as discover_circuit
+    from tl_entity.methods.path_patching import HeadScores as HeadScores
+    from tl_entity.methods.path_patching import path_patch as path_patch
+    from tl_entity.models.load import load_model as load_model
+    from tl_entity.models.load import load_tokenizer as load_tokenizer
+    from tl_entity.tasks.batches import PairBatch as PairBatch
+    from tl_entity.tasks.batches import PromptBatch as PromptBatch
+    from tl_entity.tasks.boxes import box_prompts as box_prompts
+    from tl_entity.tasks.boxes import load_prompts as load_prompts
+    from tl_entity.tasks.pairs import discovery_pairs as discovery_pairs
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Circuit": "heads",
+    "Discovery": "methods.discovery",
+    "Evaluation": "methods.circuits",
+    "Faithfulness": "methods.circuits",
+    "Group": "heads",
+    "Head": "heads",
+    "HeadScores": "methods.path_patching",
+    "InputError": "errors",
+    "PairBatch": "tasks.batches",
+    "PromptBatch": "tasks.batches",
+    "Stage": "methods.discovery",
+    "box_prompts": "tasks.boxes",
+    "discover_circuit": "methods.discovery",
+    "discovery_pairs": "tasks.pairs",
+    "evaluate": "methods.circuits",
+    "load_model": "models.load",
+    "load_prompts": "tasks.boxes",
+    "load_tokenizer": "models.load",
+    "mean_head_outputs": "methods.circuits",
+    "path_patch": "methods.path_patching",
+    "random_circuits": "methods.circuits",
+    "summarize_attention": "methods.attention",
+}
+"""The module in which each public name is defined."""
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

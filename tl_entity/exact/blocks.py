@@ -1,0 +1,172 @@
+"""The pieces of a transformer block, applied to just the vectors that an edit can change.
+
+Norms, projections and MLPs are the model's own modules, so that a recomputed vector is what the
+model itself would have computed. Only attention is written out here, because a full-sequence
+attention is what the exact engine avoids.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity.errors import InputError
+from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
+
+MLP_CHUNK_BYTES = 64 * 2**20
+"""Rows go through an MLP in slices whose hidden activations take about this much memory."""
+
+
+def check_supported(model: HookedTransformer) -> None:
+    """Make sure that the exact engine computes what this model computes.
+
+    Raises:
+        InputError: saying what it cannot recompute exactly, and that the hooks engine can.
+    """
+    cfg = model.cfg
+    obstacles = {
+        "it is not a HookedTransformer": not isinstance(model, HookedTransformer),
+        "its positions are not rotary": cfg.positional_embedding_type != "rotary",
+        "attention and MLP run in parallel": bool(cfg.parallel_attn_mlp),
+        "it has no MLPs": bool(cfg.attn_only),
+        "it normalises after attention or MLP": bool(
+            cfg.use_normalization_before_and_after
+            or cfg.original_architecture
+            in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "BertForMaskedLM")
+        ),
+        "it normalises queries and keys": bool(cfg.use_qk_norm),
+        "its attention is local": bool(cfg.use_local_attn),
+        "its attention is not causal": cfg.attention_dir != "causal",
+        "its attention scores are capped": cfg.attn_scores_soft_cap > 0,
+        "its logits are capped": cfg.output_logits_soft_cap > 0,
+        "it has attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
+        "its rotary table changes with length": bool(getattr(cfg, "use_dynamic_ntk_rope", False)),
+        "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
+        "it is quantised": bool(getattr(cfg, "load_in_4bit", False)),
+        "hooks are attached to it for good": any(
+            point.fwd_hooks for point in model.hook_dict.values()
+        ),
+    }
+    for reason, applies in obstacles.items():
+        if applies:
+            raise InputError(
+                f'The exact engine does not fit this model: {reason}. Use engine="hooks".'
+            )
+
+
+def row_slices(n_rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
+    """Slices over `n_rows` that keep each slice within `budget` bytes (at least one row)."""
+    size = max(1, budget // max(1, bytes_per_row))
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def add_mlp_(model: HookedTransformer, layer: int, resid: Float[Tensor, "rows d_model"]) -> None:
+    """Add the layer's MLP output to `resid_mid` rows in place, giving `resid_post`."""
+    block = model.blocks[layer]
+    d_mlp = model.cfg.d_mlp or 4 * model.cfg.d_model
+    for rows in row_slices(len(resid), 4 * d_mlp * resid.element_size(), MLP_CHUNK_BYTES):
+        mid = resid[rows]
+        mid += block.mlp(block.ln2(mid[None]))[0]
+
+
+def head_outputs(
+    model: HookedTransformer, layer: int, z: Float[Tensor, "*rows heads d_head"], heads: list[int]
+) -> Float[Tensor, "*rows d_model"]:
+    """What some heads together write to the residual stream, without the output bias."""
+    w_o = model.blocks[layer].attn.W_O
+    if len(heads) != len(w_o):
+        w_o = w_o[heads]
+    return z.flatten(-2) @ w_o.flatten(0, 1)
+
+
+def project(
+    model: HookedTransformer,
+    layer: int,
+    which: HeadInput,
+    normalized: Float[Tensor, "*rows d_model"],
+    heads: list[int] | None = None,
+) -> Float[Tensor, "*rows heads d_head"]:
+    """Queries, keys or values before the rotary embedding.
+
+    Given `heads`, those of these query heads (keys and values: of the key-value heads they read);
+    otherwise all, where keys and values have one entry for each key-value head.
+    """
+    attn = model.blocks[layer].attn
+    shared = "_" if which != "q" and n_kv_heads(model.cfg) != model.cfg.n_heads else ""
+    weight = getattr(attn, f"{shared}W_{which.upper()}")
+    bias = getattr(attn, f"{shared}b_{which.upper()}")
+    if heads is not None:
+        index = heads if which == "q" else [kv_head(model.cfg, head) for head in heads]
+        weight, bias = weight[index], bias[index]
+    # Loaded weights are views of the checkpoint's [head * d_head, d_model] matrices: no copy here.
+    matrix = weight.transpose(1, 2).flatten(0, 1)
+    return F.linear(normalized, matrix, bias.flatten()).unflatten(-1, weight.shape[::2])
+
+
+def rotate(
+    model: HookedTransformer,
+    layer: int,
+    vectors: Float[Tensor, "*rows pos head d_head"],
+    positions: Int[Tensor, "*rows pos"],
+) -> Float[Tensor, "*rows pos head d_head"]:
+    """Apply the layer's rotary embedding; `positions` are counted without padding."""
+    attn = model.blocks[layer].attn
+    dim = model.cfg.rotary_dim
+    turned, rest = vectors[..., :dim], vectors[..., dim:]
+    cos = attn.rotary_cos.to(vectors.device)[positions][..., None, :]
+    sin = attn.rotary_sin.to(vectors.device)[positions][..., None, :]
+    turned = turned * cos + attn.rotate_every_two(turned) * sin
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def attend(
+    q: Float[Tensor, "sender batch query head d_head"],
+    prefix: tuple[Float[Tensor, "batch pos kv_head d_head"], Tensor],
+    prefix_mask: Bool[Tensor, "batch pos"],
+    suffix: tuple[Float[Tensor, "sender batch suffix suffix_kv_head d_head"], Tensor],
+    causal: Bool[Tensor, "query suffix"],
+    scale: float,
+) -> Float[Tensor, "sender batch query head d_head"]:
+    """Attention of changed queries over shared clean keys and values and each sender's own.
+
+    The prefix is common to all senders of a prompt, so its scores are one large matrix product for
+    each prompt and key-value head. Either part may have fewer heads than the queries; query head h
+    reads head h // (n_heads / n_kv_heads).
+    """
+    (k_prefix, v_prefix), (k_suffix, v_suffix) = prefix, suffix
+    n, b, s, h, d = q.shape
+    t, shared, own_keys, own = k_prefix.shape[1], k_prefix.shape[2], *k_suffix.shape[2:4]
+    q = q / scale
+    # For each prompt and key-value head one matrix of queries: senders, then heads, then tokens.
+    q_shared = q.unflatten(3, (shared, h // shared)).permute(1, 3, 0, 4, 2, 5)
+    scores_shared = q_shared.reshape(b, shared, n * (h // shared) * s, d) @ k_prefix.permute(
+        0, 2, 3, 1
+    )
+    scores_shared = scores_shared.masked_fill(~prefix_mask[:, None, None], float("-inf"))
+    q_own = q.unflatten(3, (own, h // own)).permute(1, 3, 0, 4, 2, 5)
+    scores_own = q_own.reshape(b, own, n, (h // own) * s, d) @ k_suffix.permute(1, 3, 0, 4, 2)
+    scores = torch.cat(
+        [
+            _by_head(scores_shared.view(b, shared, n, h // shared, s, t)),
+            _by_head(scores_own.view(b, own, n, h // own, s, own_keys)).masked_fill(
+                ~causal, float("-inf")
+            ),
+        ],
+        -1,
+    )
+    pattern = scores.softmax(-1)  # [batch head sender query key]
+    to_shared, to_own = pattern.split([t, own_keys], -1)
+    z = to_shared.reshape(b, shared, (h // shared) * n * s, t) @ v_prefix.permute(0, 2, 1, 3)
+    to_own = to_own.unflatten(1, (own, h // own)).transpose(2, 3)
+    z_own = to_own.reshape(b, own, n, (h // own) * s, own_keys) @ v_suffix.permute(1, 3, 0, 2, 4)
+    z = z.view(b, h, n, s, d) + _by_head(z_own.view(b, own, n, h // own, s, d))
+    return z.permute(2, 0, 3, 1, 4)
+
+
+def _by_head(grouped: Tensor) -> Tensor:
+    """[batch kv_head sender group query last] as [batch head sender query last]."""
+    return grouped.transpose(2, 3).flatten(1, 2)

@@ -1,0 +1,227 @@
+"""Attention heads and the circuits they form: names, positions, and their JSON file."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tl_entity.errors import InputError
+
+HeadsAt = Mapping[str, "Sequence[Head]"]
+"""Heads by the named position they are edited at, e.g. `{"last": [Head(2, 0)]}`."""
+
+ENTITY_TRACKING_POSITIONS: dict[str, str] = {
+    "value_fetcher": "last",
+    "pos_transmitter": "last",
+    "pos_detector": "query_label",
+    "struct_reader": "previous_query_label",
+}
+"""The four groups of the entity-tracking circuit and where each sits (Prakash et al. 2024, §3)."""
+
+
+class Head(NamedTuple):
+    """An attention head, written `L10H3`."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Head":
+        """The head that `L10H3` names.
+
+        Raises:
+            InputError: if the text has another form.
+        """
+        match = re.fullmatch(r"L(\d+)H(\d+)", text.strip())
+        if match is None:
+            raise InputError(f"{text!r} does not name a head; write it like L10H3.")
+        return cls(int(match[1]), int(match[2]))
+
+
+class Group(NamedTuple):
+    """Heads that do one thing, at one named position of the prompt."""
+
+    name: str
+    position: str
+    heads: tuple[Head, ...]
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Named groups of heads, each with the named position at which its heads act.
+
+    The four groups of the paper are made by `Circuit.entity_tracking`; any other set of groups can
+    be given for a task of one's own. A group's heads are read as `circuit["value_fetcher"]` or
+    `circuit.value_fetcher`.
+
+    Raises:
+        InputError: if a head appears twice at one position, or two groups share a name.
+    """
+
+    groups: tuple[Group, ...]
+
+    def __post_init__(self) -> None:
+        names = [group.name for group in self.groups]
+        if len(set(names)) != len(names):
+            raise InputError(f"A circuit names a group twice: {', '.join(names)}.")
+        seen: dict[tuple[str, Head], str] = {}
+        for group in self.groups:
+            for head in group.heads:
+                other = seen.setdefault((group.position, head), group.name)
+                if other != group.name or group.heads.count(head) > 1:
+                    raise InputError(
+                        f"{head} is in the circuit twice at position {group.position!r} "
+                        f"({other} and {group.name}); a head acts once at a position."
+                    )
+
+    @classmethod
+    def entity_tracking(cls, **heads: Iterable[tuple[int, int]]) -> "Circuit":
+        """A circuit of the paper's groups: `value_fetcher`, `pos_transmitter`, `pos_detector`,
+        `struct_reader`; a group that is left out is empty.
+
+        Raises:
+            InputError: if a keyword is none of the four groups.
+        """
+        unknown = set(heads) - set(ENTITY_TRACKING_POSITIONS)
+        if unknown:
+            raise InputError(
+                f"{', '.join(sorted(unknown))}: no such group; "
+                f"the groups are {', '.join(ENTITY_TRACKING_POSITIONS)}."
+            )
+        return cls(
+            tuple(
+                Group(name, position, tuple(Head(*head) for head in heads.get(name, ())))
+                for name, position in ENTITY_TRACKING_POSITIONS.items()
+            )
+        )
+
+    def __getitem__(self, name: str) -> tuple[Head, ...]:
+        for group in self.groups:
+            if group.name == name:
+                return group.heads
+        raise KeyError(name)
+
+    def __getattr__(self, name: str) -> tuple[Head, ...]:
+        # Only reached for names that are no attribute; dunders must not look at `groups`, which
+        # does not exist yet while an instance is unpickled.
+        if not name.startswith("_"):
+            for group in self.groups:
+                if group.name == name:
+                    return group.heads
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        """Number of heads, over all groups."""
+        return sum(len(group.heads) for group in self.groups)
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{group.name} at {group.position}: {' '.join(map(str, group.heads)) or 'none'}"
+            for group in self.groups
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of heads in each group."""
+        return {group.name: len(group.heads) for group in self.groups}
+
+    def heads_at(self) -> dict[str, tuple[Head, ...]]:
+        """All heads of the circuit by position, groups at the same position together."""
+        together: dict[str, tuple[Head, ...]] = {}
+        for group in self.groups:
+            together[group.position] = together.get(group.position, ()) + group.heads
+        return together
+
+    def save(self, path: str | Path) -> None:
+        """Write the circuit as JSON: `{"value_fetcher": [[layer, head], ...], ...}`.
+
+        A group that is not one of the paper's is written with its position:
+        `{"name": {"position": "last", "heads": [[layer, head], ...]}}`.
+        """
+        content = {}
+        for group in self.groups:
+            heads = [list(head) for head in group.heads]
+            is_papers = ENTITY_TRACKING_POSITIONS.get(group.name) == group.position
+            content[group.name] = (
+                heads if is_papers else {"position": group.position, "heads": heads}
+            )
+        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Circuit":
+        """Read a circuit that `save` wrote, or one of the paper's released files.
+
+        Raises:
+            InputError: if the file is missing, is no JSON, or holds something else.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such circuit file.") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} is not a JSON file: {error}.") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path} must hold an object of groups, not {content!r:.60}.")
+        if set(content) <= set(ENTITY_TRACKING_POSITIONS) and all(
+            isinstance(entry, list) for entry in content.values()
+        ):
+            papers = {name: _read_heads(path, name, entry) for name, entry in content.items()}
+            return cls.entity_tracking(**papers)
+        return cls(tuple(_read_group(path, name, entry) for name, entry in content.items()))
+
+
+def heads_by_position(heads: "Circuit | HeadsAt | None") -> dict[str, tuple[Head, ...]]:
+    """The heads to edit at each named position, from a circuit or a plain mapping."""
+    if heads is None:
+        return {}
+    if isinstance(heads, Circuit):
+        return heads.heads_at()
+    return {position: tuple(Head(*head) for head in at) for position, at in heads.items()}
+
+
+def without(
+    heads: "Circuit | HeadsAt", removed: "Circuit | HeadsAt"
+) -> dict[str, tuple[Head, ...]]:
+    """`heads` less those in `removed` at the same position."""
+    gone = heads_by_position(removed)
+    return {
+        position: tuple(head for head in at if head not in gone.get(position, ()))
+        for position, at in heads_by_position(heads).items()
+    }
+
+
+def _read_group(path: Path, name: str, entry: object) -> Group:
+    if isinstance(entry, list):
+        if name not in ENTITY_TRACKING_POSITIONS:
+            raise InputError(
+                f"{path}: group {name!r} needs its position: "
+                '{"position": "last", "heads": [[layer, head], ...]}.'
+            )
+        position, heads = ENTITY_TRACKING_POSITIONS[name], entry
+    elif isinstance(entry, dict) and isinstance(entry.get("position"), str):
+        position, heads = entry["position"], entry.get("heads")
+    else:
+        raise InputError(f"{path}: group {name!r} must be a list of [layer, head] pairs.")
+    return Group(name, position, _read_heads(path, name, heads))
+
+
+def _read_heads(path: Path, name: str, entry: object) -> tuple[Head, ...]:
+    def is_pair(item: object) -> bool:
+        return (
+            isinstance(item, list)
+            and len(item) == 2
+            and all(type(index) is int and index >= 0 for index in item)
+        )
+
+    if not isinstance(entry, list) or not all(is_pair(item) for item in entry):
+        raise InputError(f"{path}: group {name!r} must be a list of [layer, head] pairs.")
+    return tuple(Head(*item) for item in entry)

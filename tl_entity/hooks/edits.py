@@ -1,0 +1,378 @@
+"""Typed hook functions: what is edited, at which hook point, and where in each prompt.
+
+Each edit is a frozen dataclass that TransformerLens calls as `edit(activation, hook)`. The builders
+return `(hook point name, edit)` pairs, ready for `model.run_with_hooks(tokens, fwd_hooks=...)`:
+
+    >>> hooks = patch_heads(cache, {"last": [Head(10, 3)]}, into=batch)   # doctest: +SKIP
+    >>> model.run_with_hooks(batch.tokens, fwd_hooks=hooks)               # doctest: +SKIP
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.points import hook_point
+from tl_entity.tasks.batches import PromptBatch
+
+Cache = Mapping[str, Tensor]
+"""Activations by hook point name, such as `run_with_cache` returns."""
+
+
+@checked
+@dataclass(frozen=True)
+class ReplaceHeads:
+    """Give some heads, at one token of each prompt, other vectors.
+
+    Works at every hook point with axes batch, pos, head, d_head: z, q, and k and v, whose head axis
+    counts key-value heads unless `separate_kv_heads` is in force.
+
+    Attributes:
+        positions: the token edited in each prompt.
+        heads: indices on the activation's head axis.
+        values: what these heads get.
+    """
+
+    positions: Int[Tensor, " batch"]
+    heads: Int[Tensor, " heads"]
+    values: Float[Tensor, "batch heads d_head"]
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        batch, n_heads, d_head = self.values.shape
+        _check_shape(activation, hook, batch=batch, d_head=d_head)
+        if n_heads and int(self.heads.max()) >= activation.shape[2]:
+            raise InputError(
+                f"{hook.name} has {activation.shape[2]} heads; head {int(self.heads.max())} "
+                "is to be replaced."
+            )
+        edited = activation.clone()
+        rows = torch.arange(batch, device=activation.device)[:, None]
+        device = activation.device
+        edited[rows, self.positions.to(device)[:, None], self.heads.to(device)] = self.values.to(
+            activation
+        )
+        return edited
+
+
+@checked
+@dataclass(frozen=True)
+class ReplaceWhere:
+    """Give every chosen head at every chosen token another vector.
+
+    Attributes:
+        where: the (prompt, token, head) entries replaced; an axis of length one stands for all.
+        values: what they get; a batch axis of length one serves every prompt.
+    """
+
+    where: Bool[Tensor, "#batch pos #head"]
+    values: Float[Tensor, "#batch pos head d_head"]
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        _check_shape(
+            activation,
+            hook,
+            pos=self.values.shape[1],
+            head=self.values.shape[2],
+            d_head=self.values.shape[3],
+        )
+        for batch in (self.where.shape[0], self.values.shape[0]):
+            if batch not in (1, activation.shape[0]):
+                raise InputError(
+                    f"{hook.name} has {activation.shape[0]} prompts; the edit is made for {batch}."
+                )
+        where = self.where.to(activation.device)[..., None]
+        return torch.where(where, self.values.to(activation), activation)
+
+
+@checked
+@dataclass(frozen=True)
+class MaskHeads:
+    """Mix some heads' own output with another, by a mask that can be trained.
+
+    A head's vector becomes m * own + (1 - m) * other: at m = 1 nothing changes, at m = 0 it is
+    replaced (DCM; Prakash et al. 2024, §4.1). Gradients reach `mask` and the activation.
+
+    Attributes:
+        positions: the token edited in each prompt.
+        heads: indices on the activation's head axis.
+        mask: m for each head, in [0, 1].
+        other: the vectors mixed in.
+    """
+
+    positions: Int[Tensor, " batch"]
+    heads: Int[Tensor, " heads"]
+    mask: Float[Tensor, " heads"]
+    other: Float[Tensor, "batch heads d_head"]
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        batch, _, d_head = self.other.shape
+        _check_shape(activation, hook, batch=batch, d_head=d_head)
+        device = activation.device
+        rows = torch.arange(batch, device=device)[:, None]
+        at = (rows, self.positions.to(device)[:, None], self.heads.to(device))
+        mask = self.mask.to(activation)[None, :, None]
+        mixed = mask * activation[at] + (1 - mask) * self.other.to(activation)
+        return activation.index_put(at, mixed)
+
+
+@checked
+@dataclass(frozen=True)
+class KnockOutAttention:
+    """Take away, before the softmax, what one token of each prompt sees of another.
+
+    Works at `attn_scores`; the pattern of the other tokens is renormalised by the softmax.
+
+    Attributes:
+        from_positions: the query token of each prompt.
+        to_positions: the key token it can no longer see.
+        heads: the heads concerned; None for all.
+    """
+
+    from_positions: Int[Tensor, " batch"]
+    to_positions: Int[Tensor, " batch"]
+    heads: tuple[int, ...] | None = None
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        if activation.ndim != 4 or activation.shape[0] != len(self.from_positions):
+            raise InputError(
+                f"{hook.name} has shape {tuple(activation.shape)}; knocking out attention needs "
+                f"batch, head, query and key axes for {len(self.from_positions)} prompts."
+            )
+        heads = range(activation.shape[1]) if self.heads is None else self.heads
+        device = activation.device
+        rows = torch.arange(activation.shape[0], device=device)[:, None]
+        edited = activation.clone()
+        edited[
+            rows,
+            torch.tensor(list(heads), device=device),
+            self.from_positions.to(device)[:, None],
+            self.to_positions.to(device)[:, None],
+        ] = float("-inf")
+        return edited
+
+
+Edit = ReplaceHeads | ReplaceWhere | MaskHeads | KnockOutAttention
+Hook = tuple[str, Edit]
+"""A hook point's full name and the edit made there."""
+
+
+@checked
+def patch_heads(
+    cache: Cache,
+    heads: Circuit | HeadsAt,
+    *,
+    into: PromptBatch,
+    source: PromptBatch | None = None,
+    point: str = "z",
+) -> list[Hook]:
+    """Hooks that give heads, at named positions, the vectors they have in another run.
+
+    The other run may be of other prompts (activation patching) or of another model on the same
+    prompts (cross-model patching): all that counts is its cache.
+
+    Args:
+        cache: activations of the other run; only `point` of the layers concerned is read.
+        heads: which heads at which named position; query heads at z and q, entries of the head axis
+            at k and v.
+        into: the prompts of the run to be patched.
+        source: the prompts of the other run, whose own named positions are read; `into` itself if
+            left out.
+        point: z, q, k or v.
+
+    Raises:
+        InputError: if the cache lacks a hook point, holds another number of prompts or positions,
+            or has no such head, or a named position is missing.
+    """
+    source = into if source is None else source
+    hooks: list[Hook] = []
+    for position, at in heads_by_position(heads).items():
+        read, write = source.position(position), into.position(position)
+        for layer, indices in _by_layer(at).items():
+            name = hook_point(point, layer)
+            activation = _cached(cache, name, source)
+            if max(indices) >= activation.shape[2]:
+                raise InputError(
+                    f"The cache of {name} has {activation.shape[2]} heads; "
+                    f"{Head(layer, max(indices))} is to be patched."
+                )
+            chosen = torch.tensor(indices)
+            rows = torch.arange(len(source), device=activation.device)[:, None]
+            values = activation[
+                rows,
+                read.to(activation.device)[:, None],
+                chosen.to(activation.device),
+            ]
+            hooks.append((name, ReplaceHeads(write, chosen, values)))
+    return hooks
+
+
+@checked
+def freeze_heads(
+    cache: Cache, prompts: PromptBatch, *, layers: Sequence[int], from_position: str | None = None
+) -> list[Hook]:
+    """Hooks that hold every head's `hook_z` at its cached value, so that attention passes no change
+    on; MLPs and norms are still recomputed.
+
+    Args:
+        cache: the clean run of the same prompts.
+        prompts: the prompts, for their positions.
+        layers: the layers held.
+        from_position: hold only the tokens from this named position to `"last"`; all if left out.
+
+    Raises:
+        InputError: if the cache lacks a layer or was made of other prompts.
+    """
+    tokens = torch.arange(prompts.tokens.shape[1], device=prompts.tokens.device)
+    held = torch.ones_like(prompts.mask)
+    if from_position is not None:
+        held = tokens >= prompts.position(from_position)[:, None]
+        held = held & (tokens <= prompts.position("last")[:, None])
+    names = [hook_point("z", layer) for layer in layers]
+    return [(name, ReplaceWhere(held[..., None], _cached(cache, name, prompts))) for name in names]
+
+
+@checked
+def ablate_heads(
+    values: Float[Tensor, "layer pos head d_head"],
+    prompts: PromptBatch,
+    *,
+    keep: Circuit | HeadsAt | None = None,
+    remove: Circuit | HeadsAt | None = None,
+) -> list[Hook]:
+    """Hooks that replace heads' `hook_z` by given values, such as `mean_head_outputs` makes.
+
+    With `keep`, every head is ablated at every token, except the kept heads at their own positions.
+    With `remove`, the removed heads are ablated at their own positions (also if kept). Padding is
+    left alone.
+
+    Raises:
+        InputError: if neither is given, the prompts are longer than the values, or a named position
+            or head does not exist.
+    """
+    if keep is None and remove is None:
+        raise InputError("Say which heads to keep or which to remove.")
+    n_layers, n_pos, n_heads, _ = values.shape
+    batch, pos = prompts.tokens.shape
+    if pos > n_pos:
+        raise InputError(
+            f"The prompts have {pos} tokens, the ablation values only {n_pos} positions; "
+            "take the values from prompts of the same form."
+        )
+    where = torch.full((n_layers, batch, pos, n_heads), keep is not None)
+    rows = torch.arange(batch)
+    for ablated, at_positions in ((False, keep), (True, remove)):
+        for position, heads in heads_by_position(at_positions).items():
+            for head in heads:
+                if head.layer >= n_layers or head.head >= n_heads:
+                    raise InputError(
+                        f"The ablation values have no head {head}: "
+                        f"{n_layers} layers of {n_heads} heads."
+                    )
+                where[head.layer, rows, prompts.position(position).cpu(), head.head] = ablated
+    where &= prompts.mask.cpu()[None, :, :, None]
+    return [
+        (hook_point("z", layer), ReplaceWhere(where[layer], values[None, layer, :pos]))
+        for layer in range(n_layers)
+        if bool(where[layer].any())
+    ]
+
+
+@checked
+def mask_heads(
+    cache: Cache,
+    heads: HeadsAt,
+    masks: Mapping[str, Tensor],
+    *,
+    into: PromptBatch,
+    source: PromptBatch,
+) -> list[Hook]:
+    """Hooks that mix heads' `hook_z` with another run's, each by its own trainable mask.
+
+    Args:
+        cache: activations of the counterfactual run.
+        heads: candidate heads by named position.
+        masks: for each named position a float vector, one entry for each of its heads in order.
+        into: the prompts of the run with the mask.
+        source: the counterfactual prompts, whose own positions are read.
+
+    Raises:
+        InputError: if masks and heads do not fit, or as `patch_heads`.
+    """
+    hooks: list[Hook] = []
+    for position, at in heads_by_position(heads).items():
+        if position not in masks or masks[position].shape != (len(at),):
+            raise InputError(f"The mask at {position!r} must have one entry for each of its heads.")
+        for layer, indices in _by_layer(at).items():
+            which = torch.tensor([at.index(Head(layer, index)) for index in indices])
+            patch = {position: [Head(layer, index) for index in indices]}
+            ((name, replace),) = patch_heads(cache, patch, into=into, source=source)
+            assert isinstance(replace, ReplaceHeads)
+            mask = masks[position][which.to(masks[position].device)]
+            hooks.append((name, MaskHeads(replace.positions, replace.heads, mask, replace.values)))
+    return hooks
+
+
+@checked
+def knock_out(
+    prompts: PromptBatch,
+    *,
+    from_position: str,
+    to_position: str,
+    layers: Sequence[int],
+    heads: Sequence[Head] | None = None,
+) -> list[Hook]:
+    """Hooks by which one named token no longer sees another, in every head of the given layers, or
+    only in `heads` of them (attention knockout; Prakash et al. 2024, appendix).
+
+    Raises:
+        InputError: if a position is missing, or the key token comes after the query token.
+    """
+    seer, seen = prompts.position(from_position), prompts.position(to_position)
+    if bool((seen > seer).any()):
+        raise InputError(
+            f"{to_position!r} comes after {from_position!r} in a prompt, which never sees it."
+        )
+    hooks: list[Hook] = []
+    for layer in layers:
+        chosen = None if heads is None else tuple(h.head for h in heads if h.layer == layer)
+        if chosen != ():
+            hooks.append((hook_point("attn_scores", layer), KnockOutAttention(seer, seen, chosen)))
+    return hooks
+
+
+def _by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:
+    layers: dict[int, list[int]] = {}
+    for head in heads:
+        layers.setdefault(head.layer, []).append(head.head)
+    return layers
+
+
+def _cached(cache: Cache, name: str, prompts: PromptBatch) -> Tensor:
+    if name not in cache:
+        raise InputError(f"The cache lacks {name}; record it in the run to be read.")
+    activation = cache[name]
+    if activation.ndim != 4 or activation.shape[:2] != prompts.tokens.shape:
+        raise InputError(
+            f"The cache of {name} has shape {tuple(activation.shape)}, "
+            f"which is not of prompts with tokens {tuple(prompts.tokens.shape)}."
+        )
+    return activation
+
+
+def _check_shape(activation: Tensor, hook: Any, **sizes: int) -> None:
+    axes = ("batch", "pos", "head", "d_head")
+    wrong = activation.ndim != 4 or any(
+        activation.shape[axes.index(axis)] != size for axis, size in sizes.items()
+    )
+    if wrong:
+        made_for = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise InputError(
+            f"{hook.name} has shape {tuple(activation.shape)}; the edit needs axes "
+            f"batch, pos, head, d_head with {made_for}."
+        )

@@ -1,0 +1,123 @@
+"""Plain runs of a hooked model: edits that must fire, and caches of only what is asked for."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.hooks.points import FINAL_NORMALIZED
+from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
+
+HookFunction = Callable[..., Tensor | None]
+"""Called as `function(activation, hook=hook)`; what it returns, if anything, replaces the
+activation."""
+
+
+@contextmanager
+def must_fire(
+    model: HookedTransformer, hooks: Iterable[tuple[str, HookFunction]]
+) -> Iterator[list[tuple[str, HookFunction]]]:
+    """The same hooks, watched: it is an error if one is at no hook point of the model, or the
+    context ends without it having been called.
+
+        with must_fire(model, hooks) as watched:
+            model.run_with_hooks(tokens, fwd_hooks=watched)
+
+    Raises:
+        InputError: naming the unknown hook point, or those that never fired.
+    """
+    hooks = list(hooks)
+    for name, _ in hooks:
+        if name not in model.hook_dict:
+            raise InputError(f"The model has no hook point {name!r}.")
+    fired = [False] * len(hooks)
+
+    def watched(index: int, function: HookFunction) -> HookFunction:
+        def call(activation: Tensor, hook: Any) -> Tensor | None:
+            fired[index] = True
+            return function(activation, hook=hook)
+
+        return call
+
+    yield [(name, watched(index, function)) for index, (name, function) in enumerate(hooks)]
+    silent = sorted({name for (name, _), was in zip(hooks, fired, strict=True) if not was})
+    if silent:
+        raise InputError(
+            f"The hook at {', '.join(silent)} never fired: the run did not pass there, "
+            "or the model needs a flag set for that hook point."
+        )
+
+
+@checked
+def answer_logits(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    hooks: Sequence[tuple[str, HookFunction]] = (),
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits at each prompt's `"last"` token, under the given hooks.
+
+    Only that token is unembedded: a whole prompt's logits would need the most memory of all.
+
+    Raises:
+        InputError: if a hook point does not exist or a hook does not fire.
+    """
+    last = prompts.position(ANSWER_POSITION)
+
+    def keep_last(normalized: Tensor, hook: Any) -> Tensor:
+        rows = torch.arange(len(last), device=normalized.device)
+        return normalized[rows, last.to(normalized.device)][:, None]
+
+    with must_fire(model, [*hooks, (FINAL_NORMALIZED, keep_last)]) as watched:
+        return _forward(model, prompts, watched)[:, 0]
+
+
+@checked
+def record(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    points: Mapping[str, str | None],
+    *,
+    hooks: Sequence[tuple[str, HookFunction]] = (),
+) -> dict[str, Tensor]:
+    """Run the prompts once and return the activations at some hook points, and nothing else.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        points: for each full hook point name the named position to keep of each prompt (the pos
+            axis is dropped), or None to keep all tokens.
+        hooks: edits made in the run; a recorded point is read after its edits.
+
+    Raises:
+        InputError: if a hook point or position does not exist or a hook does not fire.
+    """
+    cache: dict[str, Tensor] = {}
+    positions = {at: prompts.position(at) for at in points.values() if at is not None}
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        at = points[hook.name]
+        activation = activation.detach()
+        if at is not None:
+            rows = torch.arange(len(prompts), device=activation.device)
+            activation = activation[rows, positions[at].to(activation.device)]
+        cache[hook.name] = activation
+
+    answer_logits(model, prompts, [*hooks, *((name, keep) for name in points)])
+    return cache
+
+
+def _forward(
+    model: HookedTransformer, prompts: PromptBatch, hooks: list[tuple[str, HookFunction]]
+) -> Tensor:
+    # Given always: without one, TransformerLens guesses a mask from the pad token of tokenizers
+    # that pad on the left.
+    mask = prompts.mask.long()
+    return model.run_with_hooks(
+        prompts.tokens, attention_mask=mask, fwd_hooks=[*hooks], return_type="logits"
+    )

@@ -1,0 +1,223 @@
+"""Is a circuit enough? Ablation, accuracy, faithfulness, random control (paper, §3.3)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit, Group, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.edits import ablate_heads
+from tl_entity.hooks.points import check_heads, hook_point
+from tl_entity.hooks.run import answer_logits, record
+from tl_entity.metrics import log_probability
+from tl_entity.stats import Interval, bootstrap_ratio_interval, wilson_interval
+from tl_entity.tasks.batches import PromptBatch
+
+BATCH_SIZE = 32
+"""Prompts run together where nothing else is said."""
+
+
+@checked
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model, edited or not, answers some prompts.
+
+    Attributes:
+        predicted: the most likely token of the whole vocabulary.
+        correct: whether that is the answer.
+        answer_log_probability: natural log probability of the answer.
+    """
+
+    predicted: Int[Tensor, " batch"]
+    correct: Bool[Tensor, " batch"]
+    answer_log_probability: Float[Tensor, " batch"]
+
+    def __len__(self) -> int:
+        return len(self.correct)
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.3f} {self.interval} of {len(self)} prompts"
+
+    @property
+    def accuracy(self) -> float:
+        """Share of prompts answered right."""
+        return int(self.correct.sum()) / len(self)
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95 % interval of the accuracy."""
+        return wilson_interval(int(self.correct.sum()), len(self))
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """How much of the model's accuracy the circuit alone has: F(C) / F(M).
+
+    Attributes:
+        of_circuit: accuracy with every other head ablated.
+        of_model: accuracy of the unedited model on the same prompts.
+        value: the ratio; NaN if the model answers nothing right.
+        interval: 95 % bootstrap interval, prompts resampled in pairs.
+    """
+
+    of_circuit: Evaluation
+    of_model: Evaluation
+    value: float
+    interval: Interval
+
+    @classmethod
+    def of(cls, of_circuit: Evaluation, of_model: Evaluation, *, seed: int) -> "Faithfulness":
+        """From the two evaluations; `seed` is that of the bootstrap."""
+        value = of_circuit.accuracy / of_model.accuracy if of_model.accuracy else float("nan")
+        interval = bootstrap_ratio_interval(
+            of_circuit.correct.cpu().numpy().astype(np.float64),
+            of_model.correct.cpu().numpy().astype(np.float64),
+            seed=seed,
+        )
+        return cls(of_circuit, of_model, value, interval)
+
+
+@checked
+@torch.no_grad()
+def mean_head_outputs(
+    model: HookedTransformer,
+    tokens: PromptBatch | Int[Tensor, "batch pos"],
+    *,
+    batch_size: int = BATCH_SIZE,
+) -> Float[Tensor, "layer pos head d_head"]:
+    """Mean `hook_z` of every head at every token position, over prompts of one form.
+
+    These are the values that ablated heads get (paper, §3.3). A padded position counts only the
+    prompts that have a token there.
+
+    Args:
+        model: the model.
+        tokens: prompts, or unpadded tokens.
+        batch_size: prompts run together.
+
+    Raises:
+        InputError: if a batch is padded on the left, where positions do not line up.
+    """
+    if not isinstance(tokens, PromptBatch):
+        n, length = tokens.shape
+        last = torch.full((n,), length - 1, device=tokens.device)
+        tokens = PromptBatch(tokens, torch.zeros_like(last), {"last": last})
+    if not bool(tokens.mask[:, 0].all()):
+        raise InputError("Mean head outputs need prompts padded on the right, not the left.")
+    tokens = tokens.to(model.cfg.device or "cpu")
+    points: dict[str, str | None] = {
+        hook_point("z", layer): None for layer in range(model.cfg.n_layers)
+    }
+    sums: dict[str, Tensor] = {}
+    for chunk in tokens.chunks(batch_size):
+        there = chunk.mask[:, :, None, None]
+        for name, z in record(model, chunk, points).items():
+            total = (z.to(torch.float64) * there.to(z.device)).sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+    counts = tokens.mask.sum(0).clamp(min=1)[:, None, None]
+    return torch.stack([sums[name] / counts.to(sums[name].device) for name in points]).to(
+        model.cfg.dtype
+    )
+
+
+@checked
+@torch.no_grad()
+def evaluate(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    *,
+    keep: Circuit | HeadsAt | None = None,
+    remove: Circuit | HeadsAt | None = None,
+    mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> Evaluation:
+    """Answer the prompts, whole or with heads ablated to their mean outputs.
+
+    With `keep`, every head at every token is ablated, except the kept ones at their own positions:
+    F(C). With `remove`, just those are: F(M \\ K). With both, the removed ones are ablated even if
+    kept: F(C \\ K) (paper, §3.3).
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        keep: a circuit, or heads by named position.
+        remove: heads ablated at their positions.
+        mean_outputs: what ablated heads put out, from `mean_head_outputs` of other prompts of the
+            same form.
+        batch_size: prompts run together.
+
+    Raises:
+        InputError: if heads are to be ablated without `mean_outputs`, a head or position does not
+            exist, a prompt has no answer, or the prompts are longer than the mean outputs.
+    """
+    edited = keep is not None or remove is not None
+    if edited and mean_outputs is None:
+        raise InputError("To ablate heads, give mean_outputs (from mean_head_outputs).")
+    for heads in (keep, remove):
+        for at in heads_by_position(heads).values():
+            check_heads(model, at)
+    if bool((prompts.answers < 0).any()):
+        raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
+    predicted, scores = [], []
+    prompts = prompts.to(model.cfg.device or "cpu")
+    for chunk in prompts.chunks(batch_size):
+        hooks = []
+        if edited and mean_outputs is not None:
+            hooks = ablate_heads(mean_outputs, chunk, keep=keep, remove=remove)
+        logits = answer_logits(model, chunk, hooks)
+        predicted.append(logits.argmax(-1))
+        scores.append(log_probability(logits, chunk.answers.to(logits.device)))
+    choice = torch.cat(predicted).to(prompts.answers.device)
+    return Evaluation(choice, choice == prompts.answers, torch.cat(scores))
+
+
+@checked
+def random_circuits(
+    model: HookedTransformer, circuit: Circuit, n_circuits: int, *, seed: int
+) -> list[Circuit]:
+    """Circuits of the same group sizes and positions, of heads drawn at random from the model.
+
+    Heads are drawn without replacement: within a circuit, no head comes twice at one position.
+
+    Raises:
+        InputError: if the circuit has more heads at a position than the model has.
+    """
+    generator = np.random.default_rng(seed)
+    n_heads = model.cfg.n_heads
+    total = model.cfg.n_layers * n_heads
+    for position, heads in circuit.heads_at().items():
+        if len(heads) > total:
+            raise InputError(
+                f"{len(heads)} different heads at {position!r} can't be drawn: "
+                f"the model has {total}."
+            )
+    circuits = []
+    for _ in range(n_circuits):
+        order = {position: generator.permutation(total) for position in circuit.heads_at()}
+        groups = []
+        for group in circuit:
+            drawn, order[group.position] = np.split(order[group.position], [len(group.heads)])
+            heads = tuple(sorted(Head(*divmod(int(index), n_heads)) for index in drawn))
+            groups.append(Group(group.name, group.position, heads))
+        circuits.append(Circuit(tuple(groups)))
+    return circuits
+
+
+@checked
+def recall_by_group(
+    found: Circuit, known: Circuit
+) -> Mapping[str, tuple[Sequence[Head], Sequence[Head]]]:
+    """For each group of a known circuit, which of its heads were found and which were missed."""
+    return {
+        group.name: (
+            [head for head in group.heads if head in found[group.name]],
+            [head for head in group.heads if head not in found[group.name]],
+        )
+        for group in known
+    }

@@ -1,0 +1,164 @@
+"""Finding a circuit back to front, one path patching a group (Prakash et al. 2024, §3.2)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit, Group, Head
+from tl_entity.hooks.points import HeadInput
+from tl_entity.methods.path_patching import Engine, HeadScores, path_patch
+from tl_entity.tasks.batches import PairBatch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a discovery: the group found, where its heads sit, and what they are found by.
+
+    Attributes:
+        group: name of the group found.
+        position: named position of its heads.
+        into: group found earlier whose input is patched; None for the logits.
+        receiver_input: which input of those heads; None for the logits.
+    """
+
+    group: str
+    position: str
+    into: str | None = None
+    receiver_input: HeadInput | None = None
+
+
+ENTITY_TRACKING_STAGES: tuple[Stage, ...] = (
+    Stage("value_fetcher", "last"),
+    Stage("pos_transmitter", "last", into="value_fetcher", receiver_input="q"),
+    Stage("pos_detector", "query_label", into="pos_transmitter", receiver_input="v"),
+    Stage("struct_reader", "previous_query_label", into="pos_detector", receiver_input="v"),
+)
+"""The four stages by which the paper finds the entity-tracking circuit."""
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A circuit and the scores it was chosen by.
+
+    Attributes:
+        circuit: the heads found. A head chosen in two groups at one position belongs to the group
+            found later, the one further from the output.
+        scores: the path patching of each group.
+        receivers: the heads of each group that later stages patched into.
+    """
+
+    circuit: Circuit
+    scores: Mapping[str, HeadScores]
+    receivers: Mapping[str, tuple[Head, ...]]
+
+
+@checked
+def discover_circuit(
+    model: HookedTransformer,
+    pairs: PairBatch,
+    *,
+    sizes: Mapping[str, int],
+    receiver_sizes: Mapping[str, int] | None = None,
+    stages: Sequence[Stage] = ENTITY_TRACKING_STAGES,
+    engine: Engine = "exact",
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda runs: None,
+    score_stage: Callable[..., HeadScores] = path_patch,
+) -> Discovery:
+    """Find a circuit stage by stage (Prakash et al. 2024, §3.2).
+
+    Each stage scores all heads by path patching into the logits or into heads found before, and
+    keeps the most important ones. Only heads that can reach a receiver are ever chosen, so a group
+    can come out smaller than asked for.
+
+    Args:
+        model: the model.
+        pairs: clean and corrupt prompts with every position the stages name.
+        sizes: how many heads each group keeps.
+        receiver_sizes: how many of a group, the most important first, the next stage patches into;
+            for groups left out, as many as it keeps.
+        stages: what is found, in order; the paper's four by default.
+        engine: as in `path_patch`.
+        batch_size: as in `path_patch`.
+        progress: as in `path_patch`, over all stages.
+        score_stage: what scores a stage, called as `path_patch` is; a place to keep finished
+            stages.
+
+    Raises:
+        InputError: if a group has no size, a size is below one or above the number of heads, a
+            stage patches into a group that is not found before it, or as `path_patch`.
+    """
+    receiver_sizes = receiver_sizes or {}
+    _check_stages(stages)
+    check_sizes(model, stages, sizes)
+    check_sizes(model, [stage for stage in stages if stage.group in receiver_sizes], receiver_sizes)
+    scores: dict[str, HeadScores] = {}
+    receivers: dict[str, tuple[Head, ...]] = {}
+    for stage in stages:
+        found = score_stage(
+            model,
+            pairs,
+            position=stage.position,
+            receivers=None if stage.into is None else receivers[stage.into],
+            receiver_input=stage.receiver_input,
+            engine=engine,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        scores[stage.group] = found
+        receivers[stage.group] = found.top(receiver_sizes.get(stage.group, sizes[stage.group]))
+    return Discovery(choose_heads(scores, sizes, stages), scores, receivers)
+
+
+@checked
+def choose_heads(
+    scores: Mapping[str, HeadScores], sizes: Mapping[str, int], stages: Sequence[Stage]
+) -> Circuit:
+    """The circuit of each stage's most important heads. A head that two groups at one position both
+    choose counts for the later stage, and the earlier group is the smaller for it."""
+    groups: list[Group] = []
+    for stage in reversed(stages):
+        taken = [
+            head for group in groups if group.position == stage.position for head in group.heads
+        ]
+        chosen = scores[stage.group].top(sizes[stage.group])
+        kept = tuple(head for head in chosen if head not in taken)
+        groups.append(Group(stage.group, stage.position, kept))
+    return Circuit(tuple(reversed(groups)))
+
+
+@checked
+def check_sizes(
+    model: HookedTransformer, stages: Sequence[Stage], sizes: Mapping[str, int]
+) -> None:
+    """Make sure that every group has a size the model can fill.
+
+    Raises:
+        InputError: naming the group whose size is missing, below one, or above the head count.
+    """
+    n_heads = model.cfg.n_layers * model.cfg.n_heads
+    unknown = set(sizes) - {stage.group for stage in stages}
+    if unknown:
+        raise InputError(f"No stage finds a group {', '.join(sorted(unknown))}.")
+    for stage in stages:
+        size = sizes.get(stage.group)
+        if size is None:
+            raise InputError(f"Say how many heads the group {stage.group} keeps.")
+        if not 1 <= size <= n_heads:
+            raise InputError(
+                f"The group {stage.group} can't have {size} heads: the model has {n_heads}, "
+                "and at least one is needed."
+            )
+
+
+def _check_stages(stages: Sequence[Stage]) -> None:
+    found: set[str] = set()
+    for stage in stages:
+        if stage.into is not None and stage.into not in found:
+            raise InputError(
+                f"Stage {stage.group} patches into {stage.into}, which no stage before it finds."
+            )
+        found.add(stage.group)

@@ -1,0 +1,159 @@
+"""Path patching: how much each head matters through a chosen path (Prakash et al. 2024, §3.1)."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.exact import path_patching as exact_engine
+from tl_entity.heads import Head
+from tl_entity.hooks import path_patching as hooks_engine
+from tl_entity.hooks.points import HeadInput, check_heads
+from tl_entity.metrics import relative_probability_change
+from tl_entity.stats import mean_intervals
+from tl_entity.tasks.batches import PairBatch
+
+Engine = Literal["exact", "hooks"]
+"""`"exact"` recomputes only what can change; `"hooks"` runs the whole model for every sender."""
+
+
+@checked
+@dataclass(frozen=True)
+class HeadScores:
+    """How much the target's probability changes when each head takes its corrupt value.
+
+    Attributes:
+        per_example: relative change of the target's probability, one for each head and pair;
+            -1 takes the target away altogether, 0 changes nothing.
+        clean_log_probability: the target's log probability (natural) in the clean runs.
+        position: named position of senders and receivers.
+        receivers: heads patched into; None for the logits.
+        receiver_input: which of their inputs; None for the logits.
+        engine: what computed the scores.
+    """
+
+    per_example: Float[Tensor, "layer head batch"]
+    clean_log_probability: Float[Tensor, " batch"]
+    position: str
+    receivers: tuple[Head, ...] | None
+    receiver_input: HeadInput | None
+    engine: Engine
+
+    @property
+    def scores(self) -> Float[Tensor, "layer head"]:
+        """Mean over the pairs; the lower, the more important the head."""
+        return self.per_example.mean(-1)
+
+    @property
+    def intervals(self) -> Float64[np.ndarray, "layer head 2"]:
+        """95 % interval of each mean score."""
+        return mean_intervals(self.per_example.double().cpu().numpy())
+
+    @property
+    def top_layer(self) -> int:
+        """Heads in this layer and above cannot reach a receiver: their scores are exactly 0."""
+        if self.receivers is None:
+            return self.per_example.shape[0]
+        return max((receiver.layer for receiver in self.receivers), default=0)
+
+    def ranked(self) -> list[Head]:
+        """The heads that can reach a receiver, the most important first; ties in order of layer and
+        head."""
+        scores = self.scores.tolist()
+        heads = [
+            Head(layer, head)
+            for layer in range(self.top_layer)
+            for head in range(self.per_example.shape[1])
+        ]
+        return sorted(heads, key=lambda head: (scores[head.layer][head.head], head))
+
+    def top(self, n: int, *, exclude: Collection[Head] = ()) -> tuple[Head, ...]:
+        """The `n` most important heads, less those excluded; fewer if no more can reach."""
+        return tuple([head for head in self.ranked() if head not in exclude][:n])
+
+
+@checked
+def path_patch(
+    model: HookedTransformer,
+    pairs: PairBatch,
+    *,
+    position: str = "last",
+    receivers: Sequence[Head] | None = None,
+    receiver_input: HeadInput | None = None,
+    engine: Engine = "exact",
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> HeadScores:
+    """Score every head of the model as a sender (Prakash et al. 2024, §3.1).
+
+    The clean prompt is run with every head's `hook_z`, at `position` and all later tokens, held at
+    its clean value, except one sender at `position`, which takes its value from the corrupt run at
+    the corrupt prompt's own `position`; MLPs and norms are recomputed. Without receivers, this
+    run's logits are scored. With receivers, their q, k or v at `position` are recorded in this run;
+    the clean prompt is then run again, with just those overwritten and all else recomputed, and
+    scored. A head's score is the mean over pairs of (P_patched - P_clean) / P_clean of the target
+    at the last token.
+
+    Under grouped-query attention, k and v receivers are query heads too: the shared vector is
+    replaced for that head alone. A head at or above the highest receiver's layer scores exactly 0.
+
+    Args:
+        model: the model.
+        pairs: clean and corrupt prompts, and the token whose probability is followed.
+        position: where senders and receivers are.
+        receivers: heads patched into; None for the logits. With an empty list nothing can be
+            reached and all scores are 0.
+        receiver_input: "q", "k" or "v" of the receivers; goes with `receivers`.
+        engine: "exact" (fast) or "hooks" (plain TransformerLens, one full run a sender).
+        batch_size: pairs run together; all on the hooks engine and as many as memory allows on the
+            exact engine if left out. Results do not depend on it beyond rounding.
+        progress: called with the number of runs done since the last call, where one sender on one
+            pair is a run; a path patching has n_layers * n_heads * len(pairs) of them.
+
+    Raises:
+        InputError: if the prompts lack the position, a receiver does not exist, receivers and
+            their input do not go together, or the exact engine does not fit the model.
+    """
+    if (receivers is None) != (receiver_input is None):
+        raise InputError("Receivers and receiver_input go together: give both or neither.")
+    check_heads(model, receivers or ())
+    pairs = pairs.to(model.cfg.device or "cpu")
+    if engine == "exact":
+        clean, patched = exact_engine.patched_log_probabilities(
+            model,
+            pairs,
+            position=position,
+            receivers=receivers,
+            receiver_input=receiver_input,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    else:
+        parts = [
+            hooks_engine.patched_log_probabilities(
+                model,
+                chunk,
+                position=position,
+                receivers=receivers,
+                receiver_input=receiver_input,
+                progress=progress,
+            )
+            for chunk in pairs.chunks(batch_size or len(pairs))
+        ]
+        clean = torch.cat([part[0] for part in parts])
+        patched = torch.cat([part[1] for part in parts], -1)
+    return HeadScores(
+        per_example=relative_probability_change(patched, clean),
+        clean_log_probability=clean,
+        position=position,
+        receivers=None if receivers is None else tuple(receivers),
+        receiver_input=receiver_input,
+        engine=engine,
+    )

@@ -1,0 +1,151 @@
+"""What every method works on: tokens with answers and named positions."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+
+ANSWER_POSITION = "last"
+"""The named position whose logits are scored."""
+
+
+@checked
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts as tokens, with their answers and named positions.
+
+    Attributes:
+        tokens: token ids; shorter prompts are padded.
+        answers: token id of each prompt's right continuation.
+        positions: for each name the token index it has in each prompt. `"last"`, the final prompt
+            token, is always there: the answer is read from its logits.
+        attention_mask: 1 at prompt tokens and 0 at padding; None when nothing is padded. Padding
+            may stand on either side, not inside a prompt.
+
+    Raises:
+        InputError: if `"last"` is missing, a position falls outside its prompt, a mask has holes,
+            or a token follows `"last"`.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    answers: Int[Tensor, " batch"]
+    positions: Mapping[str, Int[Tensor, " batch"]] = field(default_factory=dict)
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None
+
+    def __post_init__(self) -> None:
+        if ANSWER_POSITION not in self.positions:
+            raise InputError(f"The prompts lack the named position {ANSWER_POSITION!r}.")
+        mask = self.mask
+        for name, indices in self.positions.items():
+            if indices.shape != self.answers.shape:
+                raise InputError(
+                    f"Position {name!r} has shape {tuple(indices.shape)}; "
+                    f"one index a prompt is needed ({tuple(self.answers.shape)})."
+                )
+            inside = (indices >= 0) & (indices < self.tokens.shape[1])
+            clamped = indices.clamp(0, self.tokens.shape[1] - 1)
+            inside &= mask.gather(1, clamped[:, None]).squeeze(1)
+            if not bool(inside.all()):
+                row = int((~inside).nonzero()[0])
+                raise InputError(
+                    f"Position {name!r} of prompt {row} is {int(indices[row])}, "
+                    "which is not a token of that prompt."
+                )
+        steps = mask.int().diff(dim=1)
+        if bool(((steps == 1).sum(1) + mask[:, 0] > 1).any()):
+            raise InputError("The attention mask of a prompt has holes; pad only at the ends.")
+        after_last = (
+            torch.arange(self.tokens.shape[1]) > self.positions[ANSWER_POSITION].cpu()[:, None]
+        )
+        if bool((mask.cpu() & after_last).any()):
+            raise InputError(f"A prompt has tokens after its position {ANSWER_POSITION!r}.")
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """True at prompt tokens, False at padding."""
+        if self.attention_mask is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        return self.attention_mask.bool()
+
+    @checked
+    def position(self, name: str) -> Int[Tensor, " batch"]:
+        """The token index that `name` has in each prompt.
+
+        Raises:
+            InputError: if the batch has no such position.
+        """
+        if name not in self.positions:
+            raise InputError(
+                f"The prompts have no position {name!r}; they have {', '.join(self.positions)}."
+            )
+        return self.positions[name]
+
+    def __getitem__(self, rows: slice | Tensor) -> "PromptBatch":
+        """Some of the prompts: a slice, or a tensor of indices or booleans."""
+        return PromptBatch(
+            tokens=self.tokens[rows],
+            answers=self.answers[rows],
+            positions={name: indices[rows] for name, indices in self.positions.items()},
+            attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
+        )
+
+    def to(self, device: str | torch.device) -> "PromptBatch":
+        """The same prompts on another device."""
+        return PromptBatch(
+            tokens=self.tokens.to(device),
+            answers=self.answers.to(device),
+            positions={name: indices.to(device) for name, indices in self.positions.items()},
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+        )
+
+    def chunks(self, size: int) -> Iterator["PromptBatch"]:
+        """The prompts in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+
+@checked
+@dataclass(frozen=True)
+class PairBatch:
+    """Clean and corrupt prompts, pair by pair, and the token scored on the clean run.
+
+    The two prompts of a pair may differ in length: each has its own named positions.
+
+    Raises:
+        InputError: if the numbers of clean and corrupt prompts differ.
+    """
+
+    clean: PromptBatch
+    corrupt: PromptBatch
+    targets: Int[Tensor, " batch"]
+
+    def __post_init__(self) -> None:
+        if not len(self.clean) == len(self.corrupt) == len(self.targets):
+            raise InputError(
+                f"{len(self.clean)} clean prompts, {len(self.corrupt)} corrupt prompts and "
+                f"{len(self.targets)} targets do not make pairs."
+            )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, rows: slice | Tensor) -> "PairBatch":
+        """Some of the pairs: a slice, or a tensor of indices or booleans."""
+        return PairBatch(self.clean[rows], self.corrupt[rows], self.targets[rows])
+
+    def to(self, device: str | torch.device) -> "PairBatch":
+        """The same pairs on another device."""
+        return PairBatch(self.clean.to(device), self.corrupt.to(device), self.targets.to(device))
+
+    def chunks(self, size: int) -> Iterator["PairBatch"]:
+        """The pairs in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]

@@ -1,0 +1,252 @@
+"""The entity-tracking task: which object is in the queried box (Prakash et al. 2024, §2)."""
+
+import json
+import random
+import re
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.tasks.batches import PromptBatch
+from tl_entity.tasks.marked import MarkedText, Span, one_token_words, tokenize_marked
+from tl_entity.tasks.nouns import OBJECTS
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LABELS: tuple[str, ...] = tuple(string.ascii_uppercase)
+"""The labels a box can have."""
+
+_SEGMENT = re.compile(r"\b[Tt]he (\w+) is in Box (\w+)")
+_QUERY = re.compile(r"\bBox (\w+) contains the(?: (\w+))?\.?\s*$")
+
+
+@dataclass(frozen=True)
+class BoxPrompt:
+    """One description of boxes and a question about one of them.
+
+    Attributes:
+        objects: what lies in the boxes, in the order of the text.
+        labels: the label of each of these boxes.
+        query_label: the box asked about; one that is not in `labels` leaves no right answer.
+    """
+
+    objects: tuple[str, ...]
+    labels: tuple[str, ...]
+    query_label: str
+
+    @property
+    def query_index(self) -> int | None:
+        """Which segment the question is about, counted from 0."""
+        return self.labels.index(self.query_label) if self.query_label in self.labels else None
+
+    @property
+    def answer(self) -> str | None:
+        """The object in the queried box, or None when no box has that label."""
+        return None if self.query_index is None else self.objects[self.query_index]
+
+    @property
+    def text(self) -> str:
+        """`The apple is in Box E, the bell is in Box Q. Box Q contains the`."""
+        segments = ", ".join(
+            f"the {noun} is in Box {label}"
+            for noun, label in zip(self.objects, self.labels, strict=True)
+        )
+        return f"T{segments[1:]}. Box {self.query_label} contains the"
+
+    @property
+    def sentence(self) -> str:
+        """The text with its answer and full stop, as stored in a JSONL file.
+
+        Raises:
+            ValueError: if the prompt has no answer.
+        """
+        if self.answer is None:
+            raise ValueError(f"No box is labelled {self.query_label!r}: the prompt has no answer.")
+        return f"{self.text} {self.answer}."
+
+
+@checked
+def sample_prompts(
+    n_prompts: int,
+    *,
+    n_boxes: int = 7,
+    seed: int,
+    objects: Sequence[str] = OBJECTS,
+    labels: Sequence[str] = LABELS,
+) -> list[BoxPrompt]:
+    """Random prompts: objects, labels and the queried box are drawn afresh for each.
+
+    Raises:
+        InputError: if there are fewer labels or objects than boxes, or no box or prompt is asked
+            for.
+    """
+    _check_counts(n_prompts, n_boxes, len(objects), len(labels))
+    generator = random.Random(seed)
+    prompts = []
+    for _ in range(n_prompts):
+        chosen_labels = tuple(generator.sample(list(labels), n_boxes))
+        prompts.append(
+            BoxPrompt(
+                objects=tuple(generator.sample(list(objects), n_boxes)),
+                labels=chosen_labels,
+                query_label=generator.choice(chosen_labels),
+            )
+        )
+    return prompts
+
+
+@checked
+def usable_words(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of our objects, and those labels, that this tokenizer writes as one token."""
+    return one_token_words(tokenizer, OBJECTS), one_token_words(tokenizer, LABELS)
+
+
+@checked
+def box_prompts(
+    tokenizer: PreTrainedTokenizerBase, n_prompts: int, *, n_boxes: int = 7, seed: int
+) -> PromptBatch:
+    """Random prompts of one-token objects and labels, as tokens with named positions.
+
+    Raises:
+        InputError: as `sample_prompts`, counting only objects and labels that are one token.
+    """
+    objects, labels = usable_words(tokenizer)
+    prompts = sample_prompts(n_prompts, n_boxes=n_boxes, seed=seed, objects=objects, labels=labels)
+    return tokenize_marked([mark_sentence(prompt.text) for prompt in prompts], tokenizer)
+
+
+def box_dataset(prompts: Iterable[BoxPrompt]) -> "Dataset":
+    """Prompts as a `datasets.Dataset` with the column `sentence` (prompt, answer, full stop)."""
+    from datasets import Dataset  # slow to import, and few runs need it
+
+    return Dataset.from_dict({"sentence": [prompt.sentence for prompt in prompts]})
+
+
+@checked
+def save_prompts(prompts: Iterable[BoxPrompt], path: str | Path) -> None:
+    """Write one `{"sentence": ...}` a line."""
+    lines = [json.dumps({"sentence": prompt.sentence}) + "\n" for prompt in prompts]
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+@checked
+def load_prompts(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
+) -> PromptBatch:
+    """Read prompts from a JSONL file of `{"sentence": "... Box Q contains the bell."}` lines.
+
+    Blank lines are passed over; `limit` takes the first so many prompts.
+
+    Raises:
+        InputError: naming file and line, if the file is missing, holds no prompt, a line is no
+            JSON object with a box sentence and its right answer, or a label or object is not one
+            token.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such file of prompts.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a UTF-8 text file.") from None
+    texts: list[MarkedText] = []
+    for number, line in enumerate(lines, start=1):
+        if limit is not None and len(texts) >= limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            texts.append(_read_line(line))
+            # One line at a time, so that a label or object of two tokens is found by its line.
+            tokenize_marked(texts[-1:], tokenizer)
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+    if not texts:
+        raise InputError(f"{path} holds no prompts.")
+    return tokenize_marked(texts, tokenizer)
+
+
+@checked
+def mark_sentence(text: str, *, label_stands_in: int | None = None) -> MarkedText:
+    """Find the named positions of a box sentence by reading it.
+
+    Segments are `the X is in Box L`; the question is `Box L contains the`, at the end, with or
+    without the answer. The names are `query_label`, `previous_query_label` (in the segment that
+    has the queried label) and `correct_object` (that segment's object).
+
+    Args:
+        text: the sentence.
+        label_stands_in: for a sentence that never mentioned the queried label, the segment whose
+            label and object take those names.
+
+    Raises:
+        InputError: if the sentence has no question at its end, the queried label is in no segment
+            (and nothing stands in) or in more than one, or the answer given is another object.
+    """
+    query = _QUERY.search(text)
+    if query is None:
+        raise InputError(f"{text!r:.120} does not end with a question 'Box Q contains the bell.'.")
+    segments = [
+        (match.span(1), match.span(2)) for match in _SEGMENT.finditer(text[: query.start()])
+    ]
+    asked = [i for i, (_, label) in enumerate(segments) if _at(text, label) == query[1]]
+    if not asked and label_stands_in is not None:
+        asked, answer = [label_stands_in], None
+    elif len(asked) == 1:
+        answer = _at(text, segments[asked[0]][0])
+    else:
+        raise InputError(
+            f"Box {query[1]} is mentioned {len(asked)} times before the question in {text!r}; "
+            "it must be once."
+        )
+    if query[2] is not None and query[2] != answer:
+        raise InputError(f"Box {query[1]} contains the {answer}, not the {query[2]}, in {text!r}.")
+    correct_object, previous_label = segments[asked[0]]
+    return MarkedText(
+        text=text[: query.end()] if query[2] is None else text[: query.start(2)].rstrip(),
+        spans={
+            "query_label": query.span(1),
+            "previous_query_label": previous_label,
+            "correct_object": correct_object,
+        },
+        answer=answer,
+    )
+
+
+def _at(text: str, span: Span) -> str:
+    return text[slice(*span)]
+
+
+def _read_line(line: str) -> MarkedText:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON ({error}).") from None
+    if not isinstance(content, dict) or not isinstance(content.get("sentence"), str):
+        raise InputError('each line must be {"sentence": "... Box Q contains the bell."}.')
+    marked = mark_sentence(content["sentence"])
+    if marked.text.rstrip(". ") == content["sentence"].rstrip(". "):
+        raise InputError(f"{content['sentence']!r} lacks the answer at its end.")
+    return marked
+
+
+def _check_counts(n_prompts: int, n_boxes: int, n_objects: int, n_labels: int) -> None:
+    if n_prompts < 1 or n_boxes < 1:
+        raise InputError(f"{n_prompts} prompts of {n_boxes} boxes: ask for at least one of each.")
+    if n_boxes > n_labels:
+        raise InputError(
+            f"{n_boxes} boxes need as many labels, but only {n_labels} can be used here; "
+            "ask for fewer boxes."
+        )
+    if n_boxes > n_objects:
+        raise InputError(
+            f"{n_boxes} boxes need as many objects, but only {n_objects} are one token of this "
+            "tokenizer; ask for fewer boxes."
+        )

@@ -1,0 +1,136 @@
+"""From texts with marked spans to tokens with named positions, for any tokenizer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
+
+NO_ANSWER = -1
+"""Stands for the answer's token id in a prompt that has no right answer."""
+
+Span = tuple[int, int]
+"""First character and the one after the last."""
+
+
+@dataclass(frozen=True)
+class MarkedText:
+    """A prompt, the parts of it that have a name, and the word that should follow.
+
+    Attributes:
+        text: the prompt, without the answer.
+        spans: for each name the characters it covers; each must be one token.
+        answer: the word that follows after a space, or None.
+    """
+
+    text: str
+    spans: Mapping[str, Span]
+    answer: str | None = None
+
+
+@checked
+def one_token_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[str, ...]:
+    """Those of `words` that are a single token when they follow another word and a space."""
+    carrier = "the"
+    alone = len(_ids(tokenizer, carrier))
+    unknown = tokenizer.unk_token_id
+
+    def is_one(word: str) -> bool:
+        ids = _ids(tokenizer, f"{carrier} {word}")
+        return len(ids) == alone + 1 and ids[-1] != unknown
+
+    return tuple(word for word in words if is_one(word))
+
+
+@checked
+def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
+    """Tokenize prompts and find each named span's token, from what the tokenizer says each token
+    covers; shorter prompts are padded on the right and masked.
+
+    The special tokens are those that the tokenizer itself adds. The position `"last"` is the final
+    token of each prompt; answers are `NO_ANSWER` where a text has none.
+
+    Raises:
+        InputError: if there is no text, the texts name different positions, the tokenizer can't
+            tell which characters a token covers, or a marked span or an answer is not exactly one
+            token (the message shows the text and its tokens).
+    """
+    if not texts:
+        raise InputError("There are no prompts to tokenize.")
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{type(tokenizer).__name__} can't tell which characters a token covers; "
+            "save the checkpoint with a fast tokenizer (tokenizer.json)."
+        )
+    names = tuple(texts[0].spans)
+    rows: list[list[int]] = []
+    answers: list[int] = []
+    positions: dict[str, list[int]] = {name: [] for name in names}
+    encoded = tokenizer([text.text for text in texts], return_offsets_mapping=True)
+    for text, ids, offsets in zip(
+        texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+    ):
+        if tuple(text.spans) != names:
+            raise InputError(
+                f"{text.text!r} names the positions {', '.join(text.spans)}; "
+                f"the first prompt has {', '.join(names)}."
+            )
+        for name in names:
+            positions[name].append(_token_of_span(tokenizer, text, name, ids, offsets))
+        answers.append(_answer_token(tokenizer, text, ids))
+        rows.append(ids)
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    mask = torch.arange(width) < lengths[:, None]
+    return PromptBatch(
+        tokens=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+        answers=torch.tensor(answers),
+        positions={
+            **{name: torch.tensor(indices) for name, indices in positions.items()},
+            ANSWER_POSITION: lengths - 1,
+        },
+        attention_mask=None if bool(mask.all()) else mask.long(),
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+def _token_of_span(
+    tokenizer: PreTrainedTokenizerBase,
+    text: MarkedText,
+    name: str,
+    ids: Sequence[int],
+    offsets: Sequence[Span],
+) -> int:
+    first, end = text.spans[name]
+    word = text.text[first:end]
+    covering = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > first]
+    # A token's characters may include the space before the word, but nothing else.
+    if len(covering) == 1 and ids[covering[0]] != tokenizer.unk_token_id:
+        start, stop = offsets[covering[0]]
+        if text.text[start:stop].strip() == word:
+            return covering[0]
+    shown = " ".join(tokenizer.convert_ids_to_tokens([ids[i] for i in covering]))
+    raise InputError(
+        f"{word!r} ({name}) in {text.text!r} is not one token of this tokenizer: {shown!r}."
+    )
+
+
+def _answer_token(tokenizer: PreTrainedTokenizerBase, text: MarkedText, ids: Sequence[int]) -> int:
+    if text.answer is None:
+        return NO_ANSWER
+    whole = _ids(tokenizer, f"{text.text} {text.answer}")
+    if whole[:-1] == list(ids) and whole[-1] != tokenizer.unk_token_id:
+        return whole[-1]
+    shown = " ".join(tokenizer.convert_ids_to_tokens(whole[len(ids) - 1 :]))
+    raise InputError(
+        f"The answer {text.answer!r} to {text.text!r} is not one token of this tokenizer: "
+        f"{shown!r}."
+    )
