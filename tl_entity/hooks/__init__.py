@@ -1,5 +1,6 @@
 """Typed hook functions over named hook points, for one's own `run_with_hooks`."""
 
+from tl_entity.hooks.cross_model import check_same_architecture, patch_from_model
 from tl_entity.hooks.edits import (
     KnockOutAttention,
     MaskHeads,
@@ -21,6 +22,7 @@ __all__ = [
     "ReplaceWhere",
     "ablate_heads",
     "answer_logits",
+    "check_same_architecture",
     "freeze_heads",
     "hook_point",
     "knock_out",
@@ -28,6 +30,7 @@ __all__ = [
     "mask_heads",
     "must_fire",
     "n_kv_heads",
+    "patch_from_model",
     "patch_heads",
     "record",
     "separate_kv_heads",

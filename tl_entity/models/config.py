@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformerConfig
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
@@ -19,7 +20,8 @@ def hooked_config(
 ) -> HookedTransformerConfig:
     """The HookedTransformer configuration that computes what this Hugging Face model computes.
 
-    Nothing is assumed from the model's name: every size and constant is read.
+    Nothing is assumed from the model's name: every size and constant is read. `n_ctx` is the
+    checkpoint's own `max_position_embeddings`; the rotary tables are all that grows with it.
 
     Raises:
         InputError: if the architecture, or a feature of it, cannot be represented exactly.
@@ -28,6 +30,12 @@ def hooked_config(
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    if n_heads % n_kv_heads:
+        raise InputError(
+            f"config.json has {n_heads} heads that can't share {n_kv_heads} key-value heads evenly."
+        )
+    if d_head % 2:
+        raise InputError(f"config.json has heads of odd size {d_head}, which can't be rotated.")
     return HookedTransformerConfig(
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -45,10 +53,12 @@ def hooked_config(
         positional_embedding_type="rotary",
         rotary_dim=d_head,
         rotary_adjacent_pairs=False,
-        default_prepend_bos=False,
         init_weights=False,
         model_name=str(config.model_type),
         original_architecture=(config.architectures or [None])[0],
+        tie_word_embeddings=bool(config.tie_word_embeddings),
+        # What the tokenizer does, once there is one.
+        default_prepend_bos=False,
         tokenizer_prepends_bos=False,
         dtype=dtype,
         device=device,
@@ -56,32 +66,47 @@ def hooked_config(
     )
 
 
+def biased_projections(config: PretrainedConfig) -> frozenset[str]:
+    """The attention projections (`q_proj` to `o_proj`) that have a bias in this model."""
+    if config.model_type == "qwen2":
+        return frozenset({"q_proj", "k_proj", "v_proj"})
+    if config.model_type == "llama" and getattr(config, "attention_bias", False):
+        return frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+    return frozenset()
+
+
 def _refuse_what_differs(config: PretrainedConfig) -> None:
-    kind = config.model_type
-    if kind not in ARCHITECTURES:
+    if config.model_type not in ARCHITECTURES:
         raise InputError(
-            f"The checkpoint is of architecture {kind!r}; "
+            f"The checkpoint is of architecture {config.model_type!r}; "
             f"those supported are {', '.join(ARCHITECTURES)}."
         )
+    rope = _rope_parameters(config)
+    rotated = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0)
     reasons = {
-        "its attention slides over a window": bool(
-            getattr(config, "sliding_window", None)
-            and getattr(config, "use_sliding_window", kind == "mistral")
-        ),
-        "its MLP has biases, which have no place in a gated MLP": bool(
-            getattr(config, "mlp_bias", False)
-        ),
+        "its attention slides over a window": _has_sliding_window(config),
+        "its MLP has biases on gate_proj and up_proj": bool(getattr(config, "mlp_bias", False)),
         f"its activation is {config.hidden_act!r}": config.hidden_act not in ("silu", "gelu"),
         "its weights are quantised": getattr(config, "quantization_config", None) is not None,
-        "only a part of each head is rotated": getattr(config, "partial_rotary_factor", 1.0) != 1.0,
+        "only a part of each head is rotated": rotated not in (None, 1.0),
     }
     for reason, applies in reasons.items():
         if applies:
             raise InputError(f"HookedTransformer can't represent this checkpoint: {reason}.")
 
 
-def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """The checkpoint's rotary embedding, in the names that transformers uses since version 5."""
+def _has_sliding_window(config: PretrainedConfig) -> bool:
+    if config.model_type == "qwen2":
+        # A window may be set and not used, or used in no layer.
+        kinds = getattr(config, "layer_types", None)
+        if kinds is not None:
+            return any(kind != "full_attention" for kind in kinds)
+        return bool(config.use_sliding_window and config.sliding_window)
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    # transformers 5 keeps all in rope_parameters; 4 has rope_theta and rope_scaling.
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     rope = {"rope_theta": getattr(config, "rope_theta", 10000.0), **given}
     rope.setdefault("rope_type", rope.get("type", "default"))
@@ -89,25 +114,40 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    rope = rope_parameters(config)
-    base = {"rotary_base": rope["rope_theta"]}
-    kind = rope["rope_type"]
-    if kind == "default":
-        return base
-    if kind == "linear":
-        return base | {"rotary_scaling_factor": rope["factor"]}
-    if kind == "llama3":
-        return base | {
-            "use_NTK_by_parts_rope": True,
-            "NTK_by_parts_factor": rope["factor"],
-            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
-            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
-            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
-        }
-    if kind == "yarn":
-        # The tables are copied from transformers afterwards; here only the kind is recorded.
-        return base
+    """The rotary embedding as fields of HookedTransformerConfig."""
+    rope = _rope_parameters(config)
+    try:
+        base = {"rotary_base": rope["rope_theta"]}
+        match rope["rope_type"]:
+            case "default":
+                return base
+            case "linear":
+                return base | {"rotary_scaling_factor": rope["factor"]}
+            case "llama3":
+                return base | {
+                    "use_NTK_by_parts_rope": True,
+                    "NTK_by_parts_factor": rope["factor"],
+                    "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
+                    "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
+                    "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+                }
+            case "yarn":
+                # The factor on cos and sin has several spellings, which transformers resolves.
+                _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+                longest = config.max_position_embeddings
+                trained = rope.get("original_max_position_embeddings") or longest
+                return base | {
+                    "use_yarn_rope": True,
+                    "yarn_factor": rope["factor"] or longest / trained,
+                    "yarn_attention_factor": attention_factor,
+                    "yarn_beta_fast": rope.get("beta_fast") or 32.0,
+                    "yarn_beta_slow": rope.get("beta_slow") or 1.0,
+                    "yarn_truncate": rope.get("truncate", True),
+                    "yarn_original_max_position_embeddings": trained,
+                }
+    except KeyError as error:
+        raise InputError(f"The rotary embedding in config.json lacks {error}.") from None
     raise InputError(
-        f"The checkpoint's rotary embedding is of type {kind!r}; "
+        f"The checkpoint's rotary embedding is of type {rope['rope_type']!r}; "
         "those supported are default, linear, llama3 and yarn."
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from transformer_lens import HookedTransformer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -23,7 +24,21 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "token*", "*.model"]
+"""What weights and activations can be held in."""
+
+HUB_FILES: list[str] = [
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
 """All that is fetched of a hub repository: no code, no pickles."""
 
 
@@ -39,53 +54,49 @@ def load_model(
 ) -> HookedTransformer:
     """A Llama-family checkpoint as a HookedTransformer with the numbers of Hugging Face's model.
 
-    Weights are not folded, centred or copied: they are views of the checkpoint's files, and do not
-    require gradients. The tokenizer is the checkpoint's own, at `model.tokenizer`.
+    Weights are not folded or centred, and do not require gradients. In the checkpoint's own dtype,
+    on the CPU, they are not copied either but views of its memory-mapped files: leave those in
+    place while the model lives. A change to a weight stays in memory and never reaches the file.
+
+    The tokenizer is the checkpoint's own, at `model.tokenizer`; `model.to_tokens(text)` gives the
+    tokens that it gives, with a beginning-of-sequence token if and only if it puts one.
 
     Args:
         name_or_path: a name from the registry ("default-base", "default-tuned"), a folder with
             config.json, safetensors and a tokenizer, or a Hugging Face hub id.
-        adapter: not supported yet.
-        gguf_file: not supported yet.
+        adapter: a LoRA adapter to merge; not supported yet.
+        gguf_file: a GGUF file in the folder; not supported yet.
         dtype: of weights and activations: "float32", "float64", "float16", "bfloat16".
-        device: such as "cpu" or "cuda"; CUDA where there is one if left out.
-        backend: only "hooked" so far.
+        device: such as "cpu" or "cuda:1"; CUDA where there is one if left out.
+        backend: "hooked"; "bridge" is not supported yet.
 
     Raises:
         InputError: if the checkpoint is not there, is damaged, or cannot be represented exactly;
             the message says what and where.
     """
-    for name, asked in {
-        "adapter": adapter is not None,
-        "gguf_file": gguf_file is not None,
-        'backend="bridge"': backend == "bridge",
-    }.items():
-        if asked:
-            raise InputError(f"{name} is not supported yet; merge or convert to a plain folder.")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
-        dtype = DTYPES[dtype]
-    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _refuse_what_comes_later(adapter, gguf_file, backend)
+    dtype = _dtype(dtype)
+    device = _device(device)
     folder = _folder(name_or_path)
     config = _read_config(folder)
     cfg = hooked_config(config, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
+    padding: Any = tokenizer.pad_token_id
+    if padding is not None and padding >= cfg.d_vocab:
+        # Some fine-tunes add a padding token that the embedding has no row for.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Buffers are made for real: they hold the causal mask and rotary tables, not weights.
+        # Buffers are small and made for real; only parameters wait for the checkpoint's.
         with init_empty_weights(include_buffers=False):
             model = HookedTransformer(cfg, move_to_device=False)
-    install_weights(
-        model, folder, dtype=dtype, device=device, tied=bool(config.tie_word_embeddings)
-    )
+    install_weights(model, folder, config)
+    model.to(device, print_details=False)
     _copy_rotary_tables(model, config)
-    if torch.device(device).type != "cpu":
-        model.to(device)
     model.eval()
     # Set directly: set_tokenizer would load another one by name, with a BOS of its own choosing.
     model.tokenizer = tokenizer
-    cfg.tokenizer_prepends_bos = _prepends_bos(tokenizer)
+    model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = _prepends_bos(tokenizer)
     return model
 
 
@@ -93,7 +104,8 @@ def load_model(
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer, padding on the right.
 
-    Where it has no padding token, its end token stands in; padding is always masked.
+    Where it has no padding token, its end token stands in (or its unknown token); padding is
+    masked, so which one it is changes nothing.
 
     Raises:
         InputError: if the folder has none that can be read.
@@ -104,12 +116,45 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the library raises many kinds, some of them bare Exception
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{folder} has no tokenizer that can be read: {reason}") from None
+        raise InputError(
+            f"{folder} has no tokenizer that can be read: {_first_line(error)}"
+        ) from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def _refuse_what_comes_later(
+    adapter: str | Path | None, gguf_file: str | None, backend: str
+) -> None:
+    if adapter is not None:
+        raise InputError(
+            "An adapter is not supported yet; merge it into its base and give that folder."
+        )
+    if gguf_file is not None:
+        raise InputError("A GGUF file is not supported yet; convert it to a folder of safetensors.")
+    if backend != "hooked":
+        raise InputError(f'backend="{backend}" is not supported yet; leave it at "hooked".')
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    for name, known in DTYPES.items():
+        if dtype in (name, known):
+            return known
+    raise InputError(f"dtype {dtype} is none of {', '.join(DTYPES)}.")
+
+
+def _device(device: str | torch.device | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"The device {str(device)!r} can't be used: {_first_line(error)}"
+        ) from None
+    return str(device)
 
 
 def _folder(name_or_path: str | Path) -> Path:
@@ -120,57 +165,62 @@ def _folder(name_or_path: str | Path) -> Path:
         return local
     name = str(name_or_path)
     parts = name.split("/")
-    if isinstance(name_or_path, Path) or len(parts) != 2 or name.startswith((".", "~")):
+    if isinstance(name_or_path, Path) or len(parts) != 2 or name.startswith((".", "~", "/")):
         names = ", ".join(model.name for model in REGISTRY)
         raise InputError(
             f"There is no folder {name}, and it is no hub id (owner/name) and none of {names}."
         )
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds, network errors among them
-        reason = str(error).split("\n")[0]
         raise InputError(
-            f"There is no folder {name}, and it can't be had from the hub: {reason}"
+            f"There is no folder {name}, and it can't be had from the hub: {_first_line(error)}"
         ) from None
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
     file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder} is an adapter, not a whole model; merge it into its base.")
+        raise InputError(f"{folder} has no config.json; is it a checkpoint's folder?")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no config.json; is it a checkpoint's folder?") from None
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not JSON that can be read: {_first_line(error)}.") from None
     kind = content.get("model_type") if isinstance(content, dict) else None
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # an unknown model_type and bad values raise different kinds
-        reason = str(error).split("\n")[0]
         raise InputError(
-            f"{file} (model_type {kind!r}) is no configuration that can be read: {reason}"
+            f"{file} (model_type {kind!r}) is no configuration that can be read: "
+            f"{_first_line(error)}"
         ) from None
 
 
 def _copy_rotary_tables(model: HookedTransformer, config: PretrainedConfig) -> None:
     """Take cos and sin from transformers: angles computed otherwise drift in long prompts.
 
-    All layers share one pair of tables.
+    All layers share one pair of tables, for all of `n_ctx`: TransformerLens would compute its own
+    from the first position beyond.
     """
     # It reads only sizes and rope settings, which all families supported here share.
     settings: Any = config
     rotary = LlamaRotaryEmbedding(config=settings)
-    n_ctx = model.cfg.n_ctx
-    positions = torch.arange(n_ctx)[None]
-    cos, sin = rotary(torch.empty(0, dtype=torch.float32), positions)
+    # Angles are float32 in any dtype, as in Hugging Face's own forward.
+    cos, sin = rotary(torch.empty(0), torch.arange(model.cfg.n_ctx)[None])
+    place = {"device": model.cfg.device, "dtype": model.cfg.dtype}
+    cos, sin = cos[0].to(**place), sin[0].to(**place)
     for block in model.blocks:
         attn: Any = block.attn
-        attn.rotary_cos = cos[0].to(model.cfg.dtype)
-        attn.rotary_sin = sin[0].to(model.cfg.dtype)
+        attn.rotary_cos = cos
+        attn.rotary_sin = sin
 
 
 def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

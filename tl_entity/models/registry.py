@@ -52,10 +52,17 @@ def data_folder() -> Path:
 
 
 def locate(name_or_path: str | Path) -> Path | None:
-    """The local folder of a registered name or of a path that exists; None for anything else."""
+    """The local folder of a registered name, or a path that exists; None for anything else.
+
+    Raises:
+        InputError: if a registered model that ships is missing.
+    """
     for model in REGISTRY:
         if model.name == str(name_or_path):
-            return data_folder() / model.folder
+            folder = data_folder() / model.folder
+            if not folder.is_dir():
+                raise InputError(f"The model {model.name} is not there: {folder} is missing.")
+            return folder
     path = Path(name_or_path).expanduser()
     return path if path.exists() else None
 

@@ -9,14 +9,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import PretrainedConfig
 
 from tl_entity.errors import InputError
-from tl_entity.hooks.points import n_kv_heads
+from tl_entity.models.config import biased_projections
 
 View = Callable[[Tensor, HookedTransformerConfig], Tensor]
-
-IGNORED = ("rotary_emb.inv_freq",)
-"""Tensors of old checkpoints that are computed from the configuration."""
+"""Shows a tensor of the checkpoint in TransformerLens's layout without moving a number."""
 
 
 def _as_is(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
@@ -24,125 +23,166 @@ def _as_is(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
 
 
 def _transposed(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    return tensor.T
+    return tensor.transpose(0, 1)
 
 
-def _split_heads(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+# The head axis is split with `unflatten`, not `view`: a tensor with its axes exchanged has the
+# right number of elements and would be taken for another one.
+def _heads_from_rows(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
     # [head * d_head, d_model] as [head, d_model, d_head]
-    return tensor.view(-1, cfg.d_head, cfg.d_model).transpose(1, 2)
+    return tensor.unflatten(0, (-1, cfg.d_head)).transpose(1, 2)
 
 
-def _split_bias(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    return tensor.view(-1, cfg.d_head)
-
-
-def _split_output(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+def _heads_from_columns(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
     # [d_model, head * d_head] as [head, d_head, d_model]
-    return tensor.view(cfg.d_model, cfg.n_heads, cfg.d_head).permute(1, 2, 0)
+    return tensor.unflatten(1, (-1, cfg.d_head)).permute(1, 2, 0)
 
 
-GLOBAL: dict[str, tuple[str, View]] = {
+def _heads_of_bias(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
+    # [head * d_head] as [head, d_head]
+    return tensor.unflatten(0, (-1, cfg.d_head))
+
+
+TABLE: dict[str, tuple[str, View]] = {
     "model.embed_tokens.weight": ("embed.W_E", _as_is),
+    "model.layers.{layer}.input_layernorm.weight": ("blocks.{layer}.ln1.w", _as_is),
+    "model.layers.{layer}.self_attn.q_proj.weight": ("blocks.{layer}.attn.W_Q", _heads_from_rows),
+    "model.layers.{layer}.self_attn.q_proj.bias": ("blocks.{layer}.attn.b_Q", _heads_of_bias),
+    "model.layers.{layer}.self_attn.k_proj.weight": (
+        "blocks.{layer}.attn.{kv}W_K",
+        _heads_from_rows,
+    ),
+    "model.layers.{layer}.self_attn.k_proj.bias": ("blocks.{layer}.attn.{kv}b_K", _heads_of_bias),
+    "model.layers.{layer}.self_attn.v_proj.weight": (
+        "blocks.{layer}.attn.{kv}W_V",
+        _heads_from_rows,
+    ),
+    "model.layers.{layer}.self_attn.v_proj.bias": ("blocks.{layer}.attn.{kv}b_V", _heads_of_bias),
+    "model.layers.{layer}.self_attn.o_proj.weight": (
+        "blocks.{layer}.attn.W_O",
+        _heads_from_columns,
+    ),
+    "model.layers.{layer}.self_attn.o_proj.bias": ("blocks.{layer}.attn.b_O", _as_is),
+    "model.layers.{layer}.post_attention_layernorm.weight": ("blocks.{layer}.ln2.w", _as_is),
+    "model.layers.{layer}.mlp.gate_proj.weight": ("blocks.{layer}.mlp.W_gate", _transposed),
+    "model.layers.{layer}.mlp.up_proj.weight": ("blocks.{layer}.mlp.W_in", _transposed),
+    "model.layers.{layer}.mlp.down_proj.weight": ("blocks.{layer}.mlp.W_out", _transposed),
     "model.norm.weight": ("ln_final.w", _as_is),
     "lm_head.weight": ("unembed.W_U", _transposed),
 }
-"""Hugging Face's name, TransformerLens's name, and how one is seen as the other."""
+"""Hugging Face's name, TransformerLens's, and the view that makes one the other.
 
-PER_LAYER: dict[str, tuple[str, View]] = {
-    "input_layernorm.weight": ("ln1.w", _as_is),
-    "post_attention_layernorm.weight": ("ln2.w", _as_is),
-    "self_attn.q_proj.weight": ("attn.W_Q", _split_heads),
-    "self_attn.k_proj.weight": ("attn.{kv}W_K", _split_heads),
-    "self_attn.v_proj.weight": ("attn.{kv}W_V", _split_heads),
-    "self_attn.o_proj.weight": ("attn.W_O", _split_output),
-    "self_attn.q_proj.bias": ("attn.b_Q", _split_bias),
-    "self_attn.k_proj.bias": ("attn.{kv}b_K", _split_bias),
-    "self_attn.v_proj.bias": ("attn.{kv}b_V", _split_bias),
-    "self_attn.o_proj.bias": ("attn.b_O", _as_is),
-    "mlp.gate_proj.weight": ("mlp.W_gate", _transposed),
-    "mlp.up_proj.weight": ("mlp.W_in", _transposed),
-    "mlp.down_proj.weight": ("mlp.W_out", _transposed),
-}
-"""The same for `model.layers.N.*` and `blocks.N.*`; `{kv}` is `_` under grouped-query attention."""
+`{kv}` is `_` under grouped-query attention, where TransformerLens keeps one key and one value
+matrix a key-value head under that name.
+"""
 
-ABSENT_MEANS_ZERO = ("attn.b_Q", "attn.b_K", "attn.b_V", "attn.b_O", "mlp.b_in", "mlp.b_out")
-"""Biases that TransformerLens always has and checkpoints mostly have not."""
+COMPUTED = "rotary_emb.inv_freq"
+"""Ending of tensors in old checkpoints that follow from the configuration."""
 
 
-def install_weights(
-    model: HookedTransformer, folder: Path, *, dtype: torch.dtype, device: str, tied: bool
-) -> None:
-    """Give a model without weights (on the meta device) those of a folder of safetensors.
+def install_weights(model: HookedTransformer, folder: Path, config: PretrainedConfig) -> None:
+    """Give a model whose parameters are on the meta device those of a folder of safetensors.
 
     Each parameter becomes a view of the tensor in the memory-mapped file, in the checkpoint's own
-    layout; only another dtype or device makes a copy.
+    layout and without gradient; only another dtype or device makes a copy. The checkpoint must
+    hold exactly the tensors that its configuration calls for.
 
     Raises:
-        InputError: naming the file and the tensor, if a file is damaged, a tensor is unknown, has
-            another shape than the configuration says, appears twice, or is missing.
+        InputError: naming the file and the tensor, if a file is damaged or a tensor is unknown, of
+            another shape than the configuration says, no floating-point numbers, there twice, or
+            missing.
     """
     cfg = model.cfg
+    places = _places(cfg, biased_projections(config))
     seen: dict[str, Path] = {}
-    for file, key, tensor in _tensors(folder, device):
-        if key.endswith(IGNORED):
+    for file, key, tensor in _tensors(folder, str(cfg.device)):
+        if key.endswith(COMPUTED):
             continue
-        target = _target(key, cfg)
-        if target is None:
-            raise InputError(f"{file}: the tensor {key} has no place in this architecture.")
-        name, view = target
-        if name in seen:
-            raise InputError(f"{file}: the tensor {key} is also in {seen[name]}.")
-        seen[name] = file
-        expected = model.get_parameter(name).shape
-        try:
-            value = view(tensor, cfg)
-        except RuntimeError:
-            value = tensor
-        if value.shape != expected:
-            raise InputError(
-                f"{file}: {key} has shape {tuple(tensor.shape)}, "
-                f"which does not fit the sizes in config.json (needed for {name}: "
-                f"{tuple(expected)})."
-            )
-        _install(model, name, value.to(dtype))
-    if tied and "unembed.W_U" not in seen:
-        _install(model, "unembed.W_U", model.embed.W_E.T)
-    missing = []
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            continue
-        if name.replace("._", ".").endswith(ABSENT_MEANS_ZERO) or name == "unembed.b_U":
-            _install(model, name, torch.zeros(parameter.shape, dtype=dtype, device=device))
-        else:
-            missing.append(name)
+        if key not in places:
+            raise InputError(f"{file}: the tensor {key} {_why_unknown(key)}.")
+        if key in seen:
+            raise InputError(f"The tensor {key} is both in {seen[key]} and in {file}.")
+        seen[key] = file
+        name, view = places[key]
+        _install(model, name, _viewed(file, key, tensor, view, cfg, model.get_parameter(name)))
+    if config.tie_word_embeddings and "lm_head.weight" not in seen:
+        places.pop("lm_head.weight")
+        if "model.embed_tokens.weight" in seen:
+            _install(model, "unembed.W_U", model.embed.W_E.transpose(0, 1))
+    missing = [key for key in places if key not in seen]
     if missing:
-        raise InputError(
-            f"{folder} lacks weights for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}."
-        )
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"{folder} lacks the weights {', '.join(missing[:3])}{more}.")
+    _install_zero_biases(model)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, those its index names if it has one.
+    """The safetensors files of a checkpoint: the single one, or those that its index names.
 
     Raises:
         InputError: if there are none, or the index is damaged or names one that is missing.
     """
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_index(index).values()))
-        files = [folder / name for name in names]
+        files = [folder / name for name in sorted(set(_read_index(index).values()))]
         for file in files:
+            # An index from elsewhere must not reach outside its folder.
             if file.parent != folder or not file.is_file():
                 raise InputError(f"{index} names {file.name}, which is not in {folder}.")
         return files
     files = sorted(folder.glob("*.safetensors"))
-    single = folder / "model.safetensors"
-    if single in files:
-        return [single]
     if not files:
-        raise InputError(f"{folder} holds no *.safetensors weights.")
+        raise InputError(f"{folder} holds no *.safetensors weights, the only kind that is read.")
     return files
+
+
+def _places(cfg: HookedTransformerConfig, biased: frozenset[str]) -> dict[str, tuple[str, View]]:
+    """The table for this model: every tensor that its checkpoint must hold, layer by layer."""
+    kv = "" if cfg.n_key_value_heads is None else "_"
+    places = {}
+    for key, (name, view) in TABLE.items():
+        if key.endswith(".bias") and key.split(".")[-2] not in biased:
+            continue
+        for layer in range(cfg.n_layers) if "{layer}" in key else (0,):
+            places[key.format(layer=layer)] = name.format(layer=layer, kv=kv), view
+    return places
+
+
+def _why_unknown(key: str) -> str:
+    if key.endswith(("gate_proj.bias", "up_proj.bias")):
+        return "is a bias inside a gated MLP, which HookedTransformer can't represent"
+    return "has no place in the model that config.json describes"
+
+
+def _viewed(
+    file: Path, key: str, tensor: Tensor, view: View, cfg: HookedTransformerConfig, empty: Tensor
+) -> Tensor:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{file}: {key} holds {kind}; quantised weights are not supported.")
+    try:
+        value = view(tensor, cfg)
+    except (RuntimeError, IndexError):  # it has not the axes or the size to be split
+        value = None
+    if value is None or value.shape != empty.shape:
+        raise InputError(
+            f"{file}: {key} has shape {tuple(tensor.shape)}, which does not fit config.json."
+        )
+    return value.to(cfg.dtype)
+
+
+def _install_zero_biases(model: HookedTransformer) -> None:
+    # TransformerLens always has all biases; here the checkpoint's own are in place already.
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        if not name.rpartition(".")[2].lstrip("_").startswith("b_"):
+            raise AssertionError(f"The table of weights has no entry for {name}.")
+        zeros = torch.zeros(parameter.shape, dtype=model.cfg.dtype, device=model.cfg.device)
+        _install(model, name, zeros)
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -163,18 +203,8 @@ def _tensors(folder: Path, device: str) -> Iterator[tuple[Path, str, Tensor]]:
                     yield file, key, opened.get_tensor(key)
         except SafetensorError as error:
             raise InputError(f"{file} is damaged or no safetensors file: {error}.") from None
-
-
-def _target(key: str, cfg: HookedTransformerConfig) -> tuple[str, View] | None:
-    if key in GLOBAL:
-        return GLOBAL[key]
-    prefix, _, rest = key.partition("model.layers.")
-    layer, _, part = rest.partition(".")
-    if prefix or not layer.isdigit() or int(layer) >= cfg.n_layers or part not in PER_LAYER:
-        return None
-    name, view = PER_LAYER[part]
-    kv = "_" if n_kv_heads(cfg) != cfg.n_heads else ""
-    return f"blocks.{layer}.{name.format(kv=kv)}", view
+        except OSError as error:
+            raise InputError(f"{file} can't be read: {error.strerror or error}.") from None
 
 
 def _install(model: nn.Module, name: str, value: Tensor) -> None:

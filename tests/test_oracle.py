@@ -1,0 +1,134 @@
+"""Path patching on both engines against a forward that shares no code with them."""
+
+import itertools
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from tests.independent import Forward
+from tl_entity import Head, PairBatch, PromptBatch, path_patch
+
+VOCABULARY = 20
+
+
+def random_model(n_layers: int, n_heads: int, n_kv_heads: int, d_head: int) -> HookedTransformer:
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=n_layers,
+            d_model=24,
+            n_heads=n_heads,
+            n_key_value_heads=None if n_kv_heads == n_heads else n_kv_heads,
+            d_head=d_head,
+            d_mlp=40,
+            n_ctx=32,
+            d_vocab=VOCABULARY,
+            act_fn="silu",
+            normalization_type="RMS",
+            final_rms=True,
+            gated_mlp=True,
+            positional_embedding_type="rotary",
+            rotary_dim=d_head,
+            rotary_adjacent_pairs=False,
+            default_prepend_bos=False,
+            dtype=torch.float64,
+            device="cpu",
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = 1 + 0.1 * noise if "ln" in name else 0.35 * noise
+    return model.requires_grad_(False)
+
+
+PAIRS = [
+    # clean tokens, corrupt tokens, target, senders' position in each
+    ([3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5], 8, 3, 1),
+    ([2, 7, 1, 8, 2], [8, 4, 5, 9, 0, 4], 3, 4, 5),
+    ([1, 6, 1, 8, 0, 3], [3, 9, 8, 8, 7], 9, 0, 2),
+]
+
+
+def padded(rows: list[list[int]], answers: list[int], at: list[int], left: bool) -> PromptBatch:
+    width = max(map(len, rows))
+    tokens, mask, shift = [], [], []
+    for row in rows:
+        pad = [0] * (width - len(row))
+        shift.append(len(pad) if left else 0)
+        tokens.append(pad + row if left else row + pad)
+        there = [1] * len(row)
+        mask.append(pad + there if left else there + pad)
+    start = torch.tensor(shift)
+    return PromptBatch(
+        tokens=torch.tensor(tokens),
+        answers=torch.tensor(answers),
+        positions={
+            "place": start + torch.tensor(at),
+            "last": start + torch.tensor([len(row) - 1 for row in rows]),
+        },
+        attention_mask=torch.tensor(mask),
+    )
+
+
+def pair_batch(left: bool) -> PairBatch:
+    clean, corrupt, targets, at, corrupt_at = (list(column) for column in zip(*PAIRS, strict=True))
+    return PairBatch(
+        padded(clean, targets, at, left),
+        padded(corrupt, targets, corrupt_at, left),
+        torch.tensor(targets),
+    )
+
+
+@pytest.mark.parametrize("engine", ["hooks", "exact"])
+@pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
+@pytest.mark.parametrize(
+    ("n_kv_heads", "receivers", "receiver_input"),
+    [
+        (4, None, None),
+        (2, [(2, 1)], "q"),
+        (2, [(1, 0), (2, 3)], "q"),
+        (4, [(1, 2), (2, 0)], "k"),
+        (2, [(1, 2), (2, 0)], "k"),
+        (4, [(2, 2)], "v"),
+        (2, [(2, 2)], "v"),
+        (1, [(1, 1), (1, 2), (2, 3)], "v"),
+    ],
+)
+def test_scores_are_those_of_the_definition(
+    engine: str, left: bool, n_kv_heads: int, receivers: list | None, receiver_input: str | None
+) -> None:
+    model = random_model(3, 4, n_kv_heads, 8)
+    forward = Forward(model)
+    scores = path_patch(
+        model,
+        pair_batch(left),
+        position="place",
+        receivers=None if receivers is None else [Head(*r) for r in receivers],
+        receiver_input=receiver_input,
+        engine=engine,
+    )
+    largest = 0.0
+    for layer, head in itertools.product(range(3), range(4)):
+        for row, (clean, corrupt, target, at, corrupt_at) in enumerate(PAIRS):
+            expected = forward.path_patch(
+                torch.tensor(clean),
+                torch.tensor(corrupt),
+                target,
+                (layer, head),
+                at,
+                corrupt_at,
+                receivers,
+                receiver_input,
+            )
+            largest = max(largest, abs(expected))
+            # TransformerLens's rotary tables are float32 whatever the dtype.
+            assert scores.per_example[layer, head, row].item() == pytest.approx(expected, abs=1e-6)
+    assert largest > 1e-3  # otherwise nothing was patched and the test would prove nothing
+
+
+def test_the_forward_itself_is_the_models() -> None:
+    model = random_model(3, 4, 2, 8)
+    tokens = torch.tensor(PAIRS[0][0])
+    ours, _, _ = Forward(model).run(tokens)
+    torch.testing.assert_close(ours, model(tokens[None])[0].log_softmax(-1), atol=1e-6, rtol=0)

@@ -1,0 +1,512 @@
+"""Plotly figures: head heatmaps, accuracy and faithfulness bars, attention tables.
+
+They take plain arrays and heads, so that results of any method, or of one's own, can be drawn.
+Red and blue on white are told apart by colour-blind readers too; backgrounds are light.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import plotly
+import plotly.graph_objects as go
+from jaxtyping import Float
+from kaleido.scopes.plotly import PlotlyScope
+from plotly.subplots import make_subplots
+
+from tl_entity._typing import checked
+from tl_entity.heads import Head
+
+IMPORTANT_TO_HARMFUL = [
+    [0.0, "#67001f"],
+    [0.15, "#b2182b"],
+    [0.3, "#d6604d"],
+    [0.42, "#f4a582"],
+    [0.5, "#ffffff"],
+    [0.58, "#92c5de"],
+    [0.7, "#4393c3"],
+    [0.85, "#2166ac"],
+    [1.0, "#053061"],
+]
+"""Diverging colours: red where the answer loses probability, white at 0, blue where it gains."""
+
+SHADES = [[0.0, "#ffffff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
+"""Colours of weights from 0 to 1."""
+
+SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#999999", "#cc79a7")
+"""Colours of bars and lines (the palette of Okabe and Ito)."""
+
+INK, FAINT, UNREACHABLE = "#1f2933", "#9aa5b1", "#d5dae0"
+
+STYLE = go.layout.Template(
+    layout={
+        "font": {
+            "family": "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif",
+            "size": 13,
+            "color": INK,
+        },
+        "title": {"x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 14}},
+        "title_font_size": 15,
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "colorway": SERIES_COLOURS,
+        "hoverlabel": {"bgcolor": "white", "font_color": INK, "bordercolor": FAINT},
+        "xaxis": {"showgrid": False, "zeroline": False, "ticks": "", "automargin": True},
+        "yaxis": {"gridcolor": "#eceff2", "zeroline": False, "ticks": "", "automargin": True},
+        "bargap": 0.3,
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+    }
+)
+"""The look that all figures share."""
+
+MOST_TICKS = 12
+_PANELS_A_ROW = 2
+
+
+@checked
+@dataclass(frozen=True)
+class HeadMap:
+    """A score for every head of a model, and what is to be marked in it.
+
+    Attributes:
+        title: what is seen.
+        scores: low is important; 0 is no effect.
+        intervals: lower and upper bound of each score.
+        chosen: heads outlined.
+        known: heads known to matter, marked by a dot.
+        top_layer: heads in this layer and above are hatched, as they cannot reach the receivers.
+    """
+
+    title: str
+    scores: Float[np.ndarray, "layer head"]
+    intervals: Float[np.ndarray, "layer head 2"] | None = None
+    chosen: tuple[Head, ...] = ()
+    known: tuple[Head, ...] = ()
+    top_layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A share between 0 and 1 with its bounds, and, if it is a mean, the points it is of."""
+
+    value: float
+    low: float
+    high: float
+    points: tuple[float, ...] = field(default=())
+
+
+@checked
+def head_heatmap(panel: HeadMap, *, limit: float | None = None) -> go.Figure:
+    """Layer by head, the first layer at the bottom.
+
+    Args:
+        panel: what to show.
+        limit: the score at which colours are darkest, in both directions; see `colour_limit`.
+    """
+    layers, heads = panel.scores.shape
+    figure = go.Figure()
+    _add_panel(figure, panel, limit or colour_limit([panel]), {"title": {"text": "score"}})
+    figure.update_layout(
+        template=STYLE,
+        title_text=panel.title,
+        height=_panel_height(layers, heads) + 110,
+        margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        showlegend=False,
+    )
+    return figure
+
+
+@checked
+def stage_heatmaps(
+    panels: Sequence[HeadMap], *, title: str, limits: Sequence[float] | None = None
+) -> go.Figure:
+    """Small multiples, such as the stages of a discovery.
+
+    Args:
+        panels: what to show; two a row.
+        title: above all.
+        limits: each panel's colour limit. Left out, the panels share one, unless their own differ
+            so much that a shared one would leave some of them blank.
+    """
+    limits = list(limits) if limits is not None else shared_limits([[panel] for panel in panels])
+    columns = min(_PANELS_A_ROW, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    one_scale = len(set(limits)) == 1
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        subplot_titles=[panel.title for panel in panels],
+        horizontal_spacing=0.1 if one_scale else 0.16,
+        vertical_spacing=0.26 / rows,
+    )
+    for index, (panel, limit) in enumerate(zip(panels, limits, strict=True)):
+        row, column = index // columns + 1, index % columns + 1
+        if one_scale:
+            bar = {"title": {"text": "score"}} if index == 0 else None
+        else:
+            axes = figure.get_subplot(row, column)
+            bar = {
+                "x": axes.xaxis.domain[1] + 0.005,
+                "y": sum(axes.yaxis.domain) / 2,
+                "len": axes.yaxis.domain[1] - axes.yaxis.domain[0],
+                "thickness": 12,
+            }
+        _add_panel(figure, panel, limit, bar, row=row, col=column)
+    layers, heads = panels[0].scores.shape
+    figure.update_layout(
+        template=STYLE,
+        title_text=title,
+        height=rows * (_panel_height(layers, heads) + 90) + 70,
+        margin={"l": 60, "r": 20, "t": 90, "b": 50},
+        showlegend=False,
+    )
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+@checked
+def colour_limit(panels: Sequence[HeadMap]) -> float:
+    """The score at which colours are darkest: the largest in size, but no more than 1.
+
+    A score cannot fall below -1, but one prompt can lift it far above 1; cut there, such a head
+    does not turn the others pale.
+    """
+    largest = max((float(np.abs(panel.scores).max()) for panel in panels), default=1.0)
+    return min(1.0, largest) or 1.0
+
+
+@checked
+def shared_limits(panels: Sequence[Sequence[HeadMap]], *, at_most: float = 4.0) -> list[float]:
+    """One colour limit for all stages, or, if theirs differ by more than a factor, one for each.
+
+    Args:
+        panels: for each stage the panels (of several models) that must be comparable.
+        at_most: this factor.
+    """
+    limits = [colour_limit(stage) for stage in panels]
+    if max(limits) <= at_most * min(limits):
+        return [max(limits)] * len(limits)
+    return limits
+
+
+@checked
+def accuracy_bars(
+    series: Mapping[str, Mapping[int, Bar]], *, title: str, chance: bool = True
+) -> go.Figure:
+    """Accuracy by number of boxes, side by side for several models, with 95 % intervals.
+
+    Args:
+        series: by model, by number of boxes.
+        title: above all.
+        chance: also show 1 / boxes, what naming any of the objects at random would give.
+    """
+    figure = go.Figure()
+    for name, bars in series.items():
+        _add_bars(figure, name, [str(boxes) for boxes in bars], list(bars.values()))
+    boxes = sorted({number for bars in series.values() for number in bars})
+    if chance:
+        figure.add_scatter(
+            x=[str(number) for number in boxes],
+            y=[1 / number for number in boxes],
+            name="any of the objects (1 / boxes)",
+            mode="markers",
+            marker={"symbol": "line-ew", "size": 26, "line": {"width": 2, "color": INK}},
+            hovertemplate="%{x} boxes: %{y:.3f}<extra>any of the objects</extra>",
+        )
+    _finish_bars(figure, title, "accuracy")
+    figure.update_xaxes(title_text="boxes in the prompt", type="category")
+    return figure
+
+
+@checked
+def grouped_bars(
+    series: Mapping[str, Mapping[str, Bar]], *, title: str, axis: str = "accuracy"
+) -> go.Figure:
+    """Bars with their intervals, one group of bars a category, one colour a series.
+
+    Args:
+        series: by series, by category.
+        title: above all.
+        axis: what is measured.
+    """
+    figure = go.Figure()
+    for name, bars in series.items():
+        _add_bars(figure, name, list(bars), list(bars.values()))
+    _finish_bars(figure, title, axis)
+    return figure
+
+
+@checked
+def attention_heatmap(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    weights: Float[np.ndarray, "row column"],
+    *,
+    title: str,
+) -> go.Figure:
+    """Mean attention weight of heads (rows) on named positions (columns); NaN leaves a gap."""
+    few = len(rows) <= 40
+    text = [["" if math.isnan(w) else f"{w:.2f}" for w in row] for row in weights.tolist()]
+    # Read from top to bottom, as a table.
+    figure = go.Figure(
+        go.Heatmap(
+            z=weights[::-1],
+            x=list(columns),
+            y=list(range(len(rows))),
+            zmin=0,
+            zmax=1,
+            colorscale=SHADES,
+            xgap=1,
+            ygap=1,
+            text=text[::-1],
+            texttemplate="%{text}" if few else None,
+            customdata=[[row] * len(columns) for row in rows][::-1],
+            hovertemplate="%{customdata}<br>to %{x}: %{z:.3f}<extra></extra>",
+            hoverongaps=False,
+            colorbar={"title": {"text": "weight"}, "thickness": 12},
+        )
+    )
+    figure.update_layout(
+        template=STYLE,
+        title_text=title,
+        height=max(240, 150 + (24 if few else 14) * len(rows)),
+        margin={"l": 60, "r": 20, "t": 50, "b": 60},
+        plot_bgcolor="#f3f4f6",
+    )
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=list(rows)[::-1], showgrid=False)
+    return figure
+
+
+@checked
+def figure_html(figure: go.Figure, name: str) -> str:
+    """The figure as an HTML element; the page must have loaded plotly.js before it.
+
+    Args:
+        figure: the figure.
+        name: id of the element.
+    """
+    # "<" can end a script element early, wherever it stands.
+    content = json.dumps(figure.to_plotly_json(), cls=plotly.utils.PlotlyJSONEncoder)
+    content = content.replace("<", "\\u003c")
+    height = figure.layout.height or 450
+    return (
+        f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
+        f"<script>{{const f={content};"
+        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displaylogo:false}});}}'
+        "</script>"
+    )
+
+
+def plotly_script() -> Path:
+    """The plotly.js that comes with plotly: no network is needed."""
+    return Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+
+
+class PngRenderer:
+    """Draws figures as PNG, with no browser and no network; one process serves many figures."""
+
+    def __init__(self) -> None:
+        self._scope = PlotlyScope(plotlyjs=str(plotly_script()), mathjax=False)
+
+    def __call__(self, figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
+        """The picture, at twice the given size in pixels, for sharp print.
+
+        Raises:
+            ValueError: if plotly.js cannot draw the figure.
+            OSError: if the renderer cannot be started.
+        """
+        height = height or int(figure.layout.height or 450)
+        picture = self._scope.transform(
+            figure.to_plotly_json(), format="png", width=width, height=height, scale=2
+        )
+        if not isinstance(picture, bytes):
+            raise ValueError("The renderer gave no picture.")
+        return picture
+
+
+@checked
+def figure_png(figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
+    """One figure as PNG; see `PngRenderer`, which is faster for several."""
+    return PngRenderer()(figure, width, height)
+
+
+def _add_panel(
+    figure: go.Figure,
+    panel: HeadMap,
+    limit: float,
+    colour_bar: dict | None,
+    **place: int,
+) -> None:
+    layers, heads = panel.scores.shape
+    figure.add_trace(
+        go.Heatmap(
+            z=panel.scores,
+            zmin=-limit,
+            zmax=limit,
+            colorscale=IMPORTANT_TO_HARMFUL,
+            customdata=_hover(panel),
+            hovertemplate="%{customdata}<extra></extra>",
+            showscale=colour_bar is not None,
+            colorbar={"thickness": 12, "outlinewidth": 0, "tickformat": ".2~g", **(colour_bar or {})},
+            xgap=1 if heads <= 32 else 0,
+            ygap=1 if layers <= 32 else 0,
+            name="scores",
+        ),
+        **place,
+    )
+    if panel.top_layer is not None and panel.top_layer < layers:
+        low, high = panel.top_layer - 0.5, layers - 0.5
+        figure.add_trace(
+            go.Scatter(
+                x=[-0.5, heads - 0.5, heads - 0.5, -0.5, -0.5],
+                y=[low, low, high, high, low],
+                mode="lines",
+                line={"width": 0},
+                fill="toself",
+                fillpattern={
+                    "shape": "/",
+                    "fgcolor": UNREACHABLE,
+                    "bgcolor": "#f7f8fa",
+                    "fillmode": "replace",
+                    "size": 7,
+                    "solidity": 0.25,
+                },
+                hoverinfo="skip",
+                showlegend=False,
+                name="cannot reach",
+            ),
+            **place,
+        )
+    if panel.chosen:
+        figure.add_trace(_outlines(panel.chosen, width=2.5 if heads <= 32 else 1.5), **place)
+    if panel.known:
+        figure.add_trace(
+            go.Scatter(
+                x=[head.head for head in panel.known],
+                y=[head.layer for head in panel.known],
+                mode="markers",
+                # Seen on pale and on dark cells.
+                marker={
+                    "size": 8 if heads <= 32 else 5,
+                    "color": "white",
+                    "line": {"color": INK, "width": 1.5},
+                },
+                hoverinfo="skip",
+                showlegend=False,
+                name="known",
+            ),
+            **place,
+        )
+    figure.update_xaxes(
+        title_text="head",
+        title_standoff=4,
+        range=[-0.5, heads - 0.5],
+        dtick=_tick_step(heads),
+        constrain="domain",
+        showline=True,
+        mirror=True,
+        linecolor=UNREACHABLE,
+        **place,
+    )
+    figure.update_yaxes(
+        title_text="layer",
+        title_standoff=4,
+        range=[-0.5, layers - 0.5],
+        dtick=_tick_step(layers),
+        showgrid=False,
+        showline=True,
+        mirror=True,
+        linecolor=UNREACHABLE,
+        **place,
+    )
+
+
+def _outlines(heads: Sequence[Head], width: float) -> go.Scatter:
+    """A square round each head, drawn in the units of the axes so that it fits at every size."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for head in heads:
+        left, right, low, high = (
+            head.head - 0.5,
+            head.head + 0.5,
+            head.layer - 0.5,
+            head.layer + 0.5,
+        )
+        x += [left, right, right, left, left, None]
+        y += [low, low, high, high, low, None]
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": "#000000", "width": width},
+        hoverinfo="skip",
+        showlegend=False,
+        cliponaxis=False,
+        name="chosen",
+    )
+
+
+def _hover(panel: HeadMap) -> list[list[str]]:
+    layers, heads = panel.scores.shape
+    texts = []
+    for layer in range(layers):
+        row = []
+        for index in range(heads):
+            head = Head(layer, index)
+            lines = [f"<b>{head}</b>", f"score {panel.scores[layer, index]:+.4f}"]
+            if panel.top_layer is not None and layer >= panel.top_layer:
+                lines = [lines[0], "cannot reach the receivers: 0"]
+            elif panel.intervals is not None:
+                low, high = panel.intervals[layer, index]
+                lines.append(f"95 % interval {low:+.4f} to {high:+.4f}")
+            lines += ["chosen"] * (head in panel.chosen) + ["planted"] * (head in panel.known)
+            row.append("<br>".join(lines))
+        texts.append(row)
+    return texts
+
+
+def _panel_height(layers: int, heads: int) -> float:
+    cell = min(34.0, max(7.0, 400 / heads))
+    return min(620.0, max(150.0, layers * cell))
+
+
+def _tick_step(count: int) -> int:
+    return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100) if count / step <= MOST_TICKS)
+
+
+def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Bar]) -> None:
+    figure.add_bar(
+        x=categories,
+        y=[bar.value for bar in bars],
+        name=name,
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [bar.high - bar.value for bar in bars],
+            "arrayminus": [bar.value - bar.low for bar in bars],
+            "thickness": 1.5,
+            "width": 4,
+            "color": INK,
+        },
+        customdata=[
+            f"{bar.value:.3f} [{bar.low:.3f}, {bar.high:.3f}]"
+            + (f"<br>{len(bar.points)} values" if bar.points else "")
+            for bar in bars
+        ],
+        hovertemplate="%{x}<br>%{customdata}<extra>%{fullData.name}</extra>",
+    )
+
+
+def _finish_bars(figure: go.Figure, title: str, axis: str) -> None:
+    figure.update_layout(
+        template=STYLE,
+        title_text=title,
+        barmode="group",
+        height=380,
+        margin={"l": 60, "r": 20, "t": 90, "b": 50},
+        legend_traceorder="normal",
+    )
+    figure.update_yaxes(title_text=axis, range=[0, 1.02], tickformat=".1f", dtick=0.2)

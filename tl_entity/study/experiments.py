@@ -1,0 +1,391 @@
+"""The experiments of the main job: each a small step from a model to a record and its tensors."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit, Head
+from tl_entity.methods.attention import summarize_attention
+from tl_entity.methods.circuits import (
+    BATCH_SIZE,
+    Evaluation,
+    Faithfulness,
+    evaluate,
+    mean_head_outputs,
+    random_circuits,
+    recall_by_group,
+)
+from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, discover_circuit
+from tl_entity.methods.path_patching import HeadScores, path_patch
+from tl_entity.study.settings import FEWEST_PAIRS, Settings, stream_seed
+from tl_entity.study.store import Outcome, Record, Store
+from tl_entity.tasks.batches import PairBatch, PromptBatch
+from tl_entity.tasks.boxes import box_prompts
+from tl_entity.tasks.pairs import discovery_pairs
+
+TRIES = 4
+"""At most so many times the wanted prompts are tried for ones that are answered right."""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Called with what is done and how many runs it takes; gives what to call with those done."""
+
+
+def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """No progress shown."""
+    return nullcontext(lambda runs: None)
+
+
+@dataclass
+class Bench:
+    """One model with all that its experiments share.
+
+    Attributes:
+        role: "base" or "tuned".
+        model: the model.
+        settings: of the study.
+        sizes: heads kept, by group.
+        receiver_sizes: heads patched into, by group.
+        inputs: what every outcome depends on: the model's fingerprint, versions, and so on.
+        store: where outcomes are kept.
+        progress: shows what goes on.
+        seeds: every seed that was drawn from the study's, by purpose.
+    """
+
+    role: str
+    model: HookedTransformer
+    settings: Settings
+    sizes: Mapping[str, int]
+    receiver_sizes: Mapping[str, int]
+    inputs: Mapping[str, Any]
+    store: Store
+    progress: Progress = silent
+    seeds: dict[str, int] = field(default_factory=dict)
+    _means: Tensor | None = None
+
+    def seed(self, *purpose: str | int) -> int:
+        """The seed for a purpose, which is noted; the same for every model."""
+        drawn = stream_seed(self.settings.seed, *purpose)
+        self.seeds[" ".join(map(str, purpose))] = drawn
+        return drawn
+
+    def step(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Outcome]) -> Outcome:
+        """One step of this model, kept in the store."""
+        return self.store.step(f"{self.role}_{name}", {**self.inputs, **inputs}, compute)
+
+    def test_prompts(self) -> PromptBatch:
+        """Prompts that neither discovery nor the mean outputs have seen."""
+        s = self.settings
+        return box_prompts(
+            self.model.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("faithfulness")
+        )
+
+    def mean_outputs(self) -> Tensor:
+        """Mean head outputs over prompts with other objects, labels and query labels."""
+        if self._means is None:
+            s = self.settings
+            others = discovery_pairs(
+                self.model.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("ablation")
+            ).corrupt
+            self._means = mean_head_outputs(self.model, others, batch_size=self.batch_size)
+        return self._means
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts run together outside path patching."""
+        return self.settings.batch_size or BATCH_SIZE
+
+    def evaluate(self, prompts: PromptBatch, keep: Circuit | None = None) -> Evaluation:
+        """The model's answers, or those of a circuit of it."""
+        means = None if keep is None else self.mean_outputs()
+        return evaluate(
+            self.model, prompts, keep=keep, mean_outputs=means, batch_size=self.batch_size
+        )
+
+
+def measure_accuracy(bench: Bench) -> Record:
+    """Accuracy on random prompts of two boxes and more."""
+    s = bench.settings
+    counts = range(2, s.boxes + 1)
+    seeds = {n: bench.seed("accuracy", n) for n in counts}
+
+    def compute() -> Outcome:
+        found: Record = {}
+        with bench.progress(f"{bench.role}: accuracy", len(counts) * s.prompts) as done:
+            for n in counts:
+                prompts = box_prompts(bench.model.tokenizer, s.prompts, n_boxes=n, seed=seeds[n])
+                found[str(n)] = _accuracy(bench.evaluate(prompts))
+                done(s.prompts)
+        return found, {}
+
+    return bench.step("accuracy", {"prompts": s.prompts, "seeds": seeds}, compute)[0]
+
+
+def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
+    """Clean and corrupt prompts whose clean one the model answers right.
+
+    A score is a relative change of the answer's probability. Where the model is sure of a wrong
+    answer that probability is tiny and any change is many times its size, so a few such prompts
+    would outweigh all others.
+
+    Raises:
+        InputError: if too few prompts are answered right.
+    """
+    s = bench.settings
+    tries = s.prompts if s.all_pairs else TRIES * s.prompts
+    seed = bench.seed("pairs")
+    pairs = discovery_pairs(bench.model.tokenizer, tries, n_boxes=s.boxes, seed=seed)
+
+    def compute() -> Outcome:
+        kept: list[int] = []
+        tried = 0
+        with bench.progress(f"{bench.role}: prompts answered right", s.prompts) as done:
+            for chunk in pairs.chunks(bench.batch_size):
+                right = bench.evaluate(chunk.clean).correct | s.all_pairs
+                for index in right.nonzero().squeeze(1).tolist():
+                    if len(kept) < s.prompts:
+                        kept.append(tried + index)
+                done(min(s.prompts, len(kept)) - min(s.prompts, len(kept) - int(right.sum())))
+                if len(kept) == s.prompts:
+                    # Those after the last one that was needed were not looked at.
+                    tried = kept[-1] + 1
+                    break
+                tried += len(chunk)
+        return {"tried": tried, "kept": len(kept), "answered_right_only": not s.all_pairs}, {
+            "kept": torch.tensor(kept, dtype=torch.long)
+        }
+
+    inputs = {"prompts": s.prompts, "boxes": s.boxes, "seed": seed, "all": s.all_pairs}
+    record, tensors = bench.step("pairs", inputs, compute)
+    if record["kept"] < min(FEWEST_PAIRS, s.prompts):
+        raise InputError(
+            f"{s.models[bench.role]} answers only {record['kept']} of {record['tried']} prompts of "
+            f"{s.boxes} boxes right, too few to find its circuit from; ask for fewer boxes, or take "
+            "prompts it answers wrong as well (--all-pairs)."
+        )
+    return pairs[tensors["kept"]], record
+
+
+def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit, Record]:
+    """Four-stage discovery, each stage kept as soon as it is done."""
+    s = bench.settings
+    stages = iter(ENTITY_TRACKING_STAGES)
+    heads = bench.model.cfg.n_layers * bench.model.cfg.n_heads
+
+    def score_stage(model: HookedTransformer, pairs: PairBatch, **how: Any) -> HeadScores:
+        group = next(stages).group
+
+        def compute() -> Outcome:
+            with bench.progress(f"{bench.role}: {group}", heads * len(pairs)) as done:
+                found = path_patch(model, pairs, **{**how, "progress": done})
+            return {}, {
+                "per_example": found.per_example,
+                "clean_log_probability": found.clean_log_probability,
+            }
+
+        inputs = {name: value for name, value in how.items() if name != "progress"}
+        asked = {
+            "prompts": s.prompts,
+            "boxes": s.boxes,
+            "seed": bench.seeds["pairs"],
+            "drawn": drawn,
+        }
+        _, tensors = bench.step(f"scores_{group}", {**inputs, **asked}, compute)
+        receivers = how["receivers"]
+        return HeadScores(
+            per_example=tensors["per_example"],
+            clean_log_probability=tensors["clean_log_probability"],
+            position=how["position"],
+            receivers=None if receivers is None else tuple(receivers),
+            receiver_input=how["receiver_input"],
+            engine=how["engine"],
+        )
+
+    discovery = discover_circuit(
+        bench.model,
+        pairs,
+        sizes=bench.sizes,
+        receiver_sizes=bench.receiver_sizes,
+        engine=s.engine,
+        batch_size=s.batch_size,
+        score_stage=score_stage,
+    )
+    record: Record = {}
+    for stage in ENTITY_TRACKING_STAGES:
+        scores = discovery.scores[stage.group]
+        record[stage.group] = {
+            "position": stage.position,
+            "into": stage.into,
+            "receiver_input": stage.receiver_input,
+            "receivers": None if scores.receivers is None else _pairs(scores.receivers),
+            "top_layer": scores.top_layer,
+            "scores": scores.scores.tolist(),
+            "intervals": scores.intervals.tolist(),
+        }
+    return discovery.circuit, record
+
+
+def measure_faithfulness(
+    bench: Bench, circuit: Circuit, others: Mapping[str, Circuit]
+) -> Record:
+    """How much of the model's accuracy its circuit has alone, beside other circuits run in it.
+
+    Args:
+        bench: the model.
+        circuit: found in it.
+        others: circuits found elsewhere, such as the base's in the tuned model, by role.
+    """
+    s = bench.settings
+    seeds = {what: bench.seed(what) for what in ("faithfulness", "ablation", "bootstrap", "random")}
+    asked = {"prompts": s.prompts, "boxes": s.boxes, "seeds": seeds}
+
+    def scored(circuit: Circuit, whole: Evaluation) -> Record:
+        found = Faithfulness.of(bench.evaluate(prompts, circuit), whole, seed=seeds["bootstrap"])
+        return {
+            "circuit": _accuracy(found.of_circuit),
+            "model": _accuracy(found.of_model),
+            "faithfulness": found.value,
+            "interval": list(found.interval),
+        }
+
+    def compute() -> Outcome:
+        runs = (2 + len(others) + s.random_circuits) * len(prompts)
+        with bench.progress(f"{bench.role}: faithfulness", runs) as done:
+            whole = bench.evaluate(prompts)
+            done(len(prompts))
+            record = scored(circuit, whole)
+            done(len(prompts))
+            record["other_circuits"] = {}
+            for role, other in others.items():
+                record["other_circuits"][role] = scored(other, whole)
+                done(len(prompts))
+            drawn = random_circuits(bench.model, circuit, s.random_circuits, seed=seeds["random"])
+            accuracies = []
+            for control in drawn:
+                accuracies.append(bench.evaluate(prompts, control).accuracy)
+                done(len(prompts))
+        record["random"] = {
+            "accuracies": accuracies,
+            "mean": sum(accuracies) / len(accuracies) if accuracies else None,
+            "lowest": min(accuracies, default=None),
+            "highest": max(accuracies, default=None),
+            "circuits": [_groups(control) for control in drawn],
+        }
+        return record, {}
+
+    prompts = bench.test_prompts()
+    inputs = {
+        **asked,
+        "circuit": _groups(circuit),
+        "others": {role: _groups(other) for role, other in others.items()},
+        "random": s.random_circuits,
+    }
+    return bench.step("faithfulness", inputs, compute)[0]
+
+
+def look_at_attention(bench: Bench, circuit: Circuit) -> Record:
+    """What each head of each group attends to, on prompts that discovery has not seen."""
+    s = bench.settings
+    prompts = bench.test_prompts()
+
+    def compute() -> Outcome:
+        record: Record = {}
+        with bench.progress(f"{bench.role}: attention", len(circuit.groups) * len(prompts)) as done:
+            for group in circuit:
+                seen = summarize_attention(
+                    bench.model,
+                    prompts,
+                    group.heads,
+                    from_position=group.position,
+                    batch_size=bench.batch_size,
+                )
+                record[group.name] = {
+                    "from": seen.from_position,
+                    "heads": _pairs(seen.heads),
+                    "to": list(seen.names),
+                    "weights": seen.weights.tolist(),
+                    "common_offset": seen.common_offset.tolist(),
+                    "offset_share": seen.offset_share.tolist(),
+                }
+                done(len(prompts))
+        return record, {}
+
+    inputs = {
+        "prompts": s.prompts,
+        "boxes": s.boxes,
+        "seed": bench.seeds["faithfulness"],
+        "circuit": _groups(circuit),
+    }
+    return bench.step("attention", inputs, compute)[0]
+
+
+def compare_with_planted(circuit: Circuit, known: Circuit) -> Record:
+    """Planted heads found and missed, by group."""
+    recall = recall_by_group(circuit, known)
+    groups = {
+        group.name: {
+            "planted": _pairs(group.heads),
+            "found": _pairs(recall[group.name][0]),
+            "missed": _pairs(recall[group.name][1]),
+            "not_planted": _pairs(
+                tuple(head for head in circuit[group.name] if head not in group.heads)
+            ),
+        }
+        for group in known
+    }
+    found = sum(len(group["found"]) for group in groups.values())
+    return {
+        "groups": groups,
+        "found": found,
+        "planted": len(known),
+        "chosen": len(circuit),
+        "recall": found / len(known) if len(known) else None,
+        "precision": found / len(circuit) if len(circuit) else None,
+    }
+
+
+def compare_circuits(first: Circuit, second: Circuit, n_heads: int) -> Record:
+    """Heads that two circuits share, by group, and how many two random choices would."""
+    groups = {}
+    for group in first:
+        mine, other = set(group.heads), set(second[group.name])
+        groups[group.name] = {
+            "first": len(mine),
+            "second": len(other),
+            "shared": _pairs(tuple(sorted(mine & other))),
+            "only_first": _pairs(tuple(sorted(mine - other))),
+            "only_second": _pairs(tuple(sorted(other - mine))),
+            "shared_by_chance": len(mine) * len(other) / n_heads,
+        }
+    shared = sum(len(group["shared"]) for group in groups.values())
+    union = len(first) + len(second) - shared
+    return {
+        "groups": groups,
+        "first": len(first),
+        "second": len(second),
+        "shared": shared,
+        "shared_by_chance": sum(group["shared_by_chance"] for group in groups.values()),
+        "jaccard": shared / union if union else None,
+    }
+
+
+def _accuracy(evaluation: Evaluation) -> Record:
+    return {
+        "correct": int(evaluation.correct.sum()),
+        "prompts": len(evaluation),
+        "accuracy": evaluation.accuracy,
+        "interval": list(evaluation.interval),
+    }
+
+
+def _pairs(heads: tuple[Head, ...] | list[Head] | Any) -> list[list[int]]:
+    return [list(head) for head in heads]
+
+
+def _groups(circuit: Circuit) -> dict[str, list[list[int]]]:
+    return {group.name: _pairs(group.heads) for group in circuit}

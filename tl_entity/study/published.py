@@ -1,0 +1,37 @@
+"""Figures of the paper and its released notebooks, to print beside ours (Prakash et al. 2024)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """What was published of one model, on prompts of seven boxes.
+
+    Attributes:
+        name: the model.
+        accuracy: of the whole model.
+        circuit_accuracy: of the circuit found in Llama-7B, run inside this model.
+        faithfulness: the ratio of the two, as published.
+        sizes: heads of the model's own circuit by group, where published.
+    """
+
+    name: str
+    accuracy: float
+    circuit_accuracy: float
+    faithfulness: float
+    sizes: tuple[int, int, int, int] | None = None
+
+
+PUBLISHED: tuple[PublishedModel, ...] = (
+    PublishedModel("Llama-7B", 0.66, 0.66, 1.00, (40, 7, 20, 5)),
+    PublishedModel("Vicuna-7B", 0.67, 0.65, 0.97),
+    PublishedModel("Goat-7B", 0.82, 0.73, 0.89, (68, 28, 40, 39)),
+    PublishedModel("FLoat-7B", 0.82, 0.72, 0.88, (68, 29, 40, 38)),
+)
+RANDOM_CIRCUIT_ACCURACY = (0.0, 0.01)
+"""From lowest to highest, of random circuits of the sizes of Llama's."""
+
+CITATION = (
+    "Prakash, Shaham, Haklay, Belinkov, Bau: Fine-Tuning Enhances Existing Mechanisms: "
+    "A Case Study on Entity Tracking. ICLR 2024, arXiv 2402.14811"
+)

@@ -1,0 +1,239 @@
+"""The main job: from two models to their circuits, figures and a report."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit
+from tl_entity.models.load import load_model
+from tl_entity.models.registry import REGISTRY
+from tl_entity.plots import PngRenderer, plotly_script
+from tl_entity.study.experiments import (
+    Bench,
+    Progress,
+    compare_circuits,
+    compare_with_planted,
+    draw_pairs,
+    find_circuit,
+    look_at_attention,
+    measure_accuracy,
+    measure_faithfulness,
+    silent,
+)
+from tl_entity.study.figures import figures_of
+from tl_entity.study.report import figure_page, render_report
+from tl_entity.study.settings import GROUPS, Settings, planted, resolve_sizes
+from tl_entity.study.store import REPORT, RESULTS, Record, Store, check_writable, fingerprint, to_json
+from tl_entity.tasks.pairs import discovery_pairs
+
+PACKAGES = ("tl_entity", "torch", "transformer_lens", "transformers", "plotly")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model before any work is done.
+
+    Attributes:
+        n_layers: its layers.
+        n_heads: its heads a layer.
+        architecture: the sizes that two models must share for a head to mean the same in both.
+        fingerprint: hash of its weights, sizes and vocabulary.
+    """
+
+    n_layers: int
+    n_heads: int
+    architecture: dict[str, Any]
+    fingerprint: str
+
+
+@checked
+def reproduce(
+    settings: Settings,
+    out: str | Path,
+    *,
+    progress: Progress = silent,
+    say: Callable[[str], object] = lambda message: None,
+) -> Record:
+    """Run every experiment that is not done yet, and write results, figures and report.
+
+    Everything that can be refused is refused before the first experiment, and before the folder
+    is made. Run again after an interruption, it skips what is finished and ends with the same
+    bytes.
+
+    Args:
+        settings: what to do.
+        out: folder for results.json, report.html, the circuits, figures and finished steps.
+        progress: shows what goes on.
+        say: told what else a person should know.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: if the folder can't be written to, a model can't be had, or the settings don't
+            fit the models.
+    """
+    out = Path(out)
+    check_writable(out)
+    facts = {role: inspect(settings, name) for role, name in settings.models.items()}
+    head_counts = [fact.n_layers * fact.n_heads for fact in facts.values()]
+    sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
+    store = Store(out)
+    versions = _versions()
+    code = _code_fingerprint()
+    circuits: dict[str, Circuit] = {}
+    seeds: dict[str, int] = {}
+    models: Record = {}
+    for role, name in settings.models.items():
+        model = load_model(name, dtype=settings.dtype, device=settings.device)
+        inputs = {
+            "model": facts[role].fingerprint,
+            "code": code,
+            "versions": versions,
+            "batch_size": settings.batch_size,
+            "device": torch.device(model.cfg.device or "cpu").type,
+        }
+        bench = Bench(
+            role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds
+        )
+        same_heads = {
+            other: circuit
+            for other, circuit in circuits.items()
+            if facts[other].architecture == facts[role].architecture
+        }
+        models[role], circuits[role] = _study_model(bench, same_heads)
+        models[role] |= {
+            "name": name,
+            "note": next((m.note for m in REGISTRY if m.name == name), None),
+            "n_layers": facts[role].n_layers,
+            "n_heads": facts[role].n_heads,
+            "fingerprint": facts[role].fingerprint,
+        }
+        circuits[role].save(out / f".{role}_circuit.part")
+        (out / f".{role}_circuit.part").replace(out / f"{role}_circuit.json")
+    results: Record = {
+        "settings": {
+            **dataclasses.asdict(settings),
+            "sizes": {group: sizes[group] for group in GROUPS},
+            "receiver_sizes": receiver_sizes,
+        },
+        "seeds": seeds,
+        "versions": {**versions, "python": platform.python_version()},
+        "models": models,
+        "same_circuit": None,
+    }
+    if len(circuits) > 1 and len({fingerprint(fact.architecture) for fact in facts.values()}) == 1:
+        results["same_circuit"] = compare_circuits(
+            circuits["base"], circuits["tuned"], head_counts[0]
+        )
+    _write(store, results, say)
+    return results
+
+
+@checked
+def inspect(settings: Settings, name: str) -> Facts:
+    """Load a model once to see that it is whole and fits the settings.
+
+    Raises:
+        InputError: if it can't be loaded, or can't take prompts of so many boxes.
+    """
+    model = load_model(name, dtype=settings.dtype, device=settings.device)
+    try:
+        pairs = discovery_pairs(model.tokenizer, 1, n_boxes=settings.boxes, seed=settings.seed)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    length = pairs.clean.tokens.shape[1]
+    if length > model.cfg.n_ctx:
+        raise InputError(
+            f"{name} takes prompts of {model.cfg.n_ctx} tokens; {settings.boxes} boxes need "
+            f"{length}. Ask for fewer boxes."
+        )
+    cfg = model.cfg
+    architecture = {
+        "n_layers": cfg.n_layers,
+        "n_heads": cfg.n_heads,
+        "n_key_value_heads": cfg.n_key_value_heads or cfg.n_heads,
+        "d_head": cfg.d_head,
+        "d_model": cfg.d_model,
+    }
+    return Facts(cfg.n_layers, cfg.n_heads, architecture, model_fingerprint(model))
+
+
+@checked
+def model_fingerprint(model: HookedTransformer) -> str:
+    """Hash of all that makes a model compute what it does: weights, configuration, vocabulary."""
+    found = hashlib.sha256()
+    config = {k: str(v) for k, v in model.cfg.to_dict().items() if k != "device"}
+    vocabulary = {} if model.tokenizer is None else model.tokenizer.get_vocab()
+    found.update(fingerprint({"config": config, "vocabulary": vocabulary}).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(name.encode())
+        data = parameter.detach().cpu().contiguous().reshape(-1)
+        found.update(data.view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _study_model(bench: Bench, others: dict[str, Circuit]) -> tuple[Record, Circuit]:
+    """All experiments on one model, in order."""
+    record: Record = {"accuracy": measure_accuracy(bench)}
+    pairs, record["pairs"] = draw_pairs(bench)
+    circuit, record["discovery"] = find_circuit(bench, pairs, record["pairs"])
+    record["circuit"] = {group.name: [list(head) for head in group.heads] for group in circuit}
+    record["faithfulness"] = measure_faithfulness(bench, circuit, others)
+    record["attention"] = look_at_attention(bench, circuit)
+    known = planted(bench.settings.models[bench.role])
+    record["planted"] = None if known is None else compare_with_planted(circuit, known)
+    return record, circuit
+
+
+def _write(store: Store, results: Record, say: Callable[[str], object]) -> None:
+    figures = figures_of(results)
+    store.write(f"figures/{plotly_script().name}", plotly_script().read_bytes())
+    problem = None
+    renderer = PngRenderer()
+    for name, figure in figures.items():
+        store.write(f"figures/{name}.html", figure_page(figure, name))
+        if problem is None:
+            try:
+                store.write(f"figures/{name}.png", renderer(figure))
+            except (OSError, ValueError) as error:
+                problem = f"The PNG figures could not be drawn ({error}); the HTML ones are there."
+                say(problem)
+    text = to_json(results)
+    # From the text, so that the page shows exactly what the file holds.
+    store.write(REPORT, render_report(text, figures, problem))
+    store.write(RESULTS, text)
+
+
+def _versions() -> dict[str, str]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {package: version(package) for package in PACKAGES}
+
+
+def _code_fingerprint() -> str:
+    """Hash of this package's sources: no outcome of other code is taken for this code's."""
+    package = Path(__file__).parent.parent
+    # How results are shown and models are trained changes no outcome.
+    shown = {package / "plots.py", package / "cli.py", package / "__main__.py"}
+    shown |= {package / "study" / name for name in ("report.py", "figures.py", "published.py")}
+    found = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        if path not in shown and path.parent.name != "training":
+            found.update(path.relative_to(package).as_posix().encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()

@@ -1,0 +1,128 @@
+"""What the main job is asked to do, and what it takes where nothing is said."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
+from tl_entity.models.registry import planted_circuit
+
+GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
+"""The four groups, in the order of discovery."""
+
+PAPER_HEADS = 1024
+PAPER_SIZES = (40, 7, 20, 5)
+PAPER_RECEIVERS = (20, 5, 10)
+"""Llama-7B's head count, circuit sizes, and how many heads of a group the next stage patched into."""
+
+SMALLEST_GROUP = 2
+FEWEST_PAIRS = 8
+"""With fewer prompts answered right, there is no score worth the name."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The main job's settings.
+
+    Attributes:
+        base: name, folder or hub id of the base model.
+        tuned: the same of its fine-tune; None to study one model alone.
+        prompts: prompts an accuracy, and pairs a discovery.
+        boxes: boxes in the prompts that circuits are found and tested on; accuracy is measured for
+            2 up to so many.
+        sizes: heads kept in each group; None for the planted sizes, or else the paper's share.
+        receiver_sizes: heads of each of the first three groups that the next stage patches into;
+            None for all that were planted, or else the paper's share of the group.
+        random_circuits: how many, as control.
+        all_pairs: find circuits from prompts that the model answers wrong too.
+        seed: all random choices follow from it.
+        engine: for path patching.
+        batch_size: prompts run together; None leaves it to each method.
+        dtype: of weights and activations.
+        device: such as "cuda"; None for the best there is.
+    """
+
+    base: str = "default-base"
+    tuned: str | None = "default-tuned"
+    prompts: int = 200
+    boxes: int = 7
+    sizes: Mapping[str, int] | None = None
+    receiver_sizes: Mapping[str, int] | None = None
+    random_circuits: int = 10
+    all_pairs: bool = False
+    seed: int = 0
+    engine: Literal["exact", "hooks"] = "exact"
+    batch_size: int | None = None
+    dtype: str = "float32"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"prompts": 2, "boxes": 2, "random_circuits": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}."
+                )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"The batch size must be at least 1, not {self.batch_size}.")
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Name or folder of each model by its role."""
+        return {"base": self.base} | ({} if self.tuned is None else {"tuned": self.tuned})
+
+
+@checked
+def stream_seed(seed: int, *names: str | int) -> int:
+    """A seed of its own for each purpose, so that no two draw the same prompts."""
+    text = " ".join(map(str, (seed, *names)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@checked
+def planted(name_or_path: str) -> Circuit | None:
+    """The circuit planted in a model, if one was."""
+    path = planted_circuit(name_or_path)
+    return None if path is None else Circuit.load(path)
+
+
+@checked
+def resolve_sizes(
+    settings: Settings, n_heads: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Group sizes and receiver sizes for models of so many heads in all.
+
+    Raises:
+        InputError: if a size is below one or above the number of heads, or a stage would patch into
+            more heads than the model has.
+    """
+    known = planted(settings.base)
+    if settings.sizes is not None:
+        sizes = dict(settings.sizes)
+    elif known is not None:
+        sizes = {group: len(known[group]) for group in GROUPS}
+    else:
+        scaled = (round(size * n_heads / PAPER_HEADS) for size in PAPER_SIZES)
+        sizes = {
+            group: min(n_heads, max(SMALLEST_GROUP, size))
+            for group, size in zip(GROUPS, scaled, strict=True)
+        }
+    if settings.receiver_sizes is not None:
+        receivers = dict(settings.receiver_sizes)
+    elif known is not None and settings.sizes is None:
+        receivers = {group: sizes[group] for group in GROUPS[:-1]}
+    else:
+        receivers = {
+            group: min(sizes[group], max(SMALLEST_GROUP, round(sizes[group] * part / whole)))
+            for group, part, whole in zip(GROUPS[:-1], PAPER_RECEIVERS, PAPER_SIZES, strict=False)
+        }
+    for what, counts in (("The group", sizes), ("The receivers of the group", receivers)):
+        for group, count in counts.items():
+            if not 1 <= count <= n_heads:
+                raise InputError(
+                    f"{what} {group} can't be {count} heads: the model has {n_heads}, "
+                    "and at least one is needed."
+                )
+    return sizes, receivers

@@ -1,0 +1,164 @@
+"""The output folder as a store: every finished step is kept, and found again by its inputs."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from tl_entity.errors import InputError
+
+Record = dict[str, Any]
+"""What a step found: plain JSON."""
+
+Outcome = tuple[Record, dict[str, Tensor]]
+"""A step's record and its tensors."""
+
+RESULTS, REPORT, TIMINGS, STEPS = "results.json", "report.html", "timings.json", "steps"
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that the folder can be made and written to, without making it.
+
+    Raises:
+        InputError: if it can't.
+    """
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file, so nothing can be written to {folder}.")
+    try:
+        with NamedTemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"Nothing can be written to {folder}: {error.strerror}.") from None
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that, whatever happens, it is there whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def to_json(content: object) -> str:
+    """JSON with sorted keys and a line for each entry but the innermost lists; NaN becomes null."""
+    return _indented(_plain(content), 0) + "\n"
+
+
+def fingerprint(content: object) -> str:
+    """A hash of plain content, the same whatever the order of keys."""
+    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+class Store:
+    """Finished steps in a folder.
+
+    Raises:
+        InputError: if the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        check_writable(folder)
+        self.folder = folder
+        self._steps = folder / STEPS
+        self._steps.mkdir(parents=True, exist_ok=True)
+
+    def step(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Outcome]) -> Outcome:
+        """What `compute` finds, taken from the folder if it was found from the same inputs before.
+
+        Args:
+            name: of the step, and of its files.
+            inputs: everything that the outcome depends on, as plain values.
+            compute: does the work.
+        """
+        key = fingerprint({"step": name, **inputs})
+        found = self._find(name, key)
+        if found is not None:
+            return found
+        # What was made from the step's earlier outcome no longer holds.
+        for derived in (RESULTS, REPORT):
+            (self.folder / derived).unlink(missing_ok=True)
+        start = time.perf_counter()
+        record, tensors = compute()
+        self._note_time(name, time.perf_counter() - start)
+        data = tensors_to_bytes({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        content = {
+            "key": key,
+            "tensors": hashlib.sha256(data).hexdigest() if tensors else None,
+            "record": record,
+        }
+        # The record comes last: it vouches for the tensors.
+        if tensors:
+            write_atomically(self._steps / f"{name}.safetensors", data)
+        write_atomically(self._steps / f"{name}.json", to_json(content))
+        found = self._find(name, key)
+        if found is None:
+            raise OSError(f"{self._steps / name} could not be read back.")
+        return found
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        """Write a file below the folder."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+        return path
+
+    def _find(self, name: str, key: str) -> Outcome | None:
+        try:
+            content = json.loads((self._steps / f"{name}.json").read_text(encoding="utf-8"))
+            if content["key"] != key:
+                return None
+            if content["tensors"] is None:
+                return content["record"], {}
+            data = (self._steps / f"{name}.safetensors").read_bytes()
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if hashlib.sha256(data).hexdigest() != content["tensors"]:
+            return None
+        return content["record"], load_tensors(data)
+
+    def _note_time(self, name: str, seconds: float) -> None:
+        # Apart from the results, which are the same bytes however long they took.
+        path = self.folder / TIMINGS
+        try:
+            times = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            times = {}
+        write_atomically(path, to_json({**times, name: round(seconds, 3)}))
+
+
+def _plain(content: object) -> object:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {str(key): _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return content
+
+
+def _indented(content: object, depth: int) -> str:
+    inner, outer = "  " * (depth + 1), "  " * depth
+    if isinstance(content, dict) and content:
+        entries = [
+            f"{inner}{json.dumps(key)}: {_indented(content[key], depth + 1)}"
+            for key in sorted(content)
+        ]
+        return "{\n" + ",\n".join(entries) + f"\n{outer}}}"
+    if isinstance(content, list) and any(isinstance(entry, dict) for entry in content):
+        return (
+            "[\n"
+            + ",\n".join(f"{inner}{_indented(entry, depth + 1)}" for entry in content)
+            + f"\n{outer}]"
+        )
+    return json.dumps(content, allow_nan=False)
