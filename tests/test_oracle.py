@@ -4,43 +4,10 @@ import itertools
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tests.independent import Forward
+from tests.random_models import random_model
 from tl_entity import Head, PairBatch, PromptBatch, path_patch
-
-VOCABULARY = 20
-
-
-def random_model(n_layers: int, n_heads: int, n_kv_heads: int, d_head: int) -> HookedTransformer:
-    model = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=n_layers,
-            d_model=24,
-            n_heads=n_heads,
-            n_key_value_heads=None if n_kv_heads == n_heads else n_kv_heads,
-            d_head=d_head,
-            d_mlp=40,
-            n_ctx=32,
-            d_vocab=VOCABULARY,
-            act_fn="silu",
-            normalization_type="RMS",
-            final_rms=True,
-            gated_mlp=True,
-            positional_embedding_type="rotary",
-            rotary_dim=d_head,
-            rotary_adjacent_pairs=False,
-            default_prepend_bos=False,
-            dtype=torch.float64,
-            device="cpu",
-        )
-    )
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = 1 + 0.1 * noise if "ln" in name else 0.35 * noise
-    return model.requires_grad_(False)
-
 
 PAIRS = [
     # clean tokens, corrupt tokens, target, senders' position in each
@@ -98,7 +65,7 @@ def pair_batch(left: bool) -> PairBatch:
 def test_scores_are_those_of_the_definition(
     engine: str, left: bool, n_kv_heads: int, receivers: list | None, receiver_input: str | None
 ) -> None:
-    model = random_model(3, 4, n_kv_heads, 8)
+    model = random_model(n_kv_heads=n_kv_heads)
     forward = Forward(model)
     scores = path_patch(
         model,
@@ -128,7 +95,7 @@ def test_scores_are_those_of_the_definition(
 
 
 def test_the_forward_itself_is_the_models() -> None:
-    model = random_model(3, 4, 2, 8)
+    model = random_model(n_kv_heads=2)
     tokens = torch.tensor(PAIRS[0][0])
     ours, _, _ = Forward(model).run(tokens)
     torch.testing.assert_close(ours, model(tokens[None])[0].log_softmax(-1), atol=1e-6, rtol=0)

@@ -64,6 +64,7 @@ STYLE = go.layout.Template(
 
 MOST_TICKS = 12
 _PANELS_A_ROW = 2
+_GAP = 100  # between rows of panels: room for the axis above and the title below, in pixels
 
 
 @checked
@@ -72,7 +73,7 @@ class HeadMap:
     """A score for every head of a model, and what is to be marked in it.
 
     Attributes:
-        title: what is seen.
+        title: what is seen; empty where it is said beside the figure.
         scores: low is important; 0 is no effect.
         intervals: lower and upper bound of each score.
         chosen: heads outlined.
@@ -112,8 +113,8 @@ def head_heatmap(panel: HeadMap, *, limit: float | None = None) -> go.Figure:
     figure.update_layout(
         template=STYLE,
         title_text=panel.title,
-        height=_panel_height(layers, heads) + 110,
-        margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        height=_panel_height(layers, heads) + (110 if panel.title else 75),
+        margin={"l": 55, "r": 10, "t": 50 if panel.title else 15, "b": 50},
         showlegend=False,
     )
     return figure
@@ -135,12 +136,14 @@ def stage_heatmaps(
     columns = min(_PANELS_A_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)
     one_scale = len(set(limits)) == 1
+    layers, heads = panels[0].scores.shape
+    panel_height = _panel_height(layers, heads)
     figure = make_subplots(
         rows=rows,
         cols=columns,
         subplot_titles=[panel.title for panel in panels],
         horizontal_spacing=0.1 if one_scale else 0.16,
-        vertical_spacing=0.26 / rows,
+        vertical_spacing=_GAP / (rows * panel_height + (rows - 1) * _GAP),
     )
     for index, (panel, limit) in enumerate(zip(panels, limits, strict=True)):
         row, column = index // columns + 1, index % columns + 1
@@ -155,12 +158,11 @@ def stage_heatmaps(
                 "thickness": 12,
             }
         _add_panel(figure, panel, limit, bar, row=row, col=column)
-    layers, heads = panels[0].scores.shape
     figure.update_layout(
         template=STYLE,
         title_text=title,
-        height=rows * (_panel_height(layers, heads) + 90) + 70,
-        margin={"l": 60, "r": 20, "t": 90, "b": 50},
+        height=rows * panel_height + (rows - 1) * _GAP + 150,
+        margin={"l": 60, "r": 20, "t": 90, "b": 60},
         showlegend=False,
     )
     figure.update_annotations(font_size=13)
@@ -295,7 +297,7 @@ def figure_html(figure: go.Figure, name: str) -> str:
     return (
         f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
         f"<script>{{const f={content};"
-        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displaylogo:false}});}}'
+        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displayModeBar:false}});}}'
         "</script>"
     )
 
@@ -350,7 +352,12 @@ def _add_panel(
             customdata=_hover(panel),
             hovertemplate="%{customdata}<extra></extra>",
             showscale=colour_bar is not None,
-            colorbar={"thickness": 12, "outlinewidth": 0, "tickformat": ".2~g", **(colour_bar or {})},
+            colorbar={
+                "thickness": 12,
+                "outlinewidth": 0,
+                "tickformat": ".2~g",
+                **(colour_bar or {}),
+            },
             xgap=1 if heads <= 32 else 0,
             ygap=1 if layers <= 32 else 0,
             name="scores",
@@ -400,6 +407,8 @@ def _add_panel(
             ),
             **place,
         )
+    # Seen in the gaps between cells, as a grid.
+    figure.update_layout(plot_bgcolor="#e4e7eb")
     figure.update_xaxes(
         title_text="head",
         title_standoff=4,

@@ -1,6 +1,7 @@
 """Path patching by plain hooks: one run a sender. The slow truth that `exact` must agree with."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -41,22 +42,23 @@ def patched_log_probabilities(
         progress: called with the number of runs done since the last call, one for each sender and
             pair.
     """
-    layers = range(model.cfg.n_layers)
-    z_points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
-    clean_z = record(model, pairs.clean, z_points)
-    corrupt_z = record(model, pairs.corrupt, z_points)
-    clean = log_probability(answer_logits(model, pairs.clean), pairs.targets)
-    patched = clean.expand(model.cfg.n_layers, model.cfg.n_heads, -1).clone()
-    frozen = freeze_heads(clean_z, pairs.clean, layers=layers, from_position=position)
-    if receivers is not None:
-        top = max((receiver.layer for receiver in receivers), default=0)
-    else:
-        # With attention held, a change elsewhere never reaches the token that is scored.
-        scored = pairs.clean.position(ANSWER_POSITION)
-        reaches = bool((pairs.clean.position(position) == scored).any())
-        top = model.cfg.n_layers if reaches else 0
-    progress(model.cfg.n_heads * (model.cfg.n_layers - top) * len(pairs))
-    with separate_kv_heads(model):
+    # The clean run too, so that an edit that changes nothing leaves no trace of rounding.
+    with separate_kv_heads(model) if receiver_input in ("k", "v") else nullcontext():
+        layers = range(model.cfg.n_layers)
+        z_points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
+        clean_z = record(model, pairs.clean, z_points)
+        corrupt_z = record(model, pairs.corrupt, z_points)
+        clean = log_probability(answer_logits(model, pairs.clean), pairs.targets)
+        patched = clean.expand(model.cfg.n_layers, model.cfg.n_heads, -1).clone()
+        frozen = freeze_heads(clean_z, pairs.clean, layers=layers, from_position=position)
+        if receivers is not None:
+            top = max((receiver.layer for receiver in receivers), default=0)
+        else:
+            # With attention held, a change elsewhere never reaches the token that is scored.
+            scored = pairs.clean.position(ANSWER_POSITION)
+            reaches = bool((pairs.clean.position(position) == scored).any())
+            top = model.cfg.n_layers if reaches else 0
+        progress(model.cfg.n_heads * (model.cfg.n_layers - top) * len(pairs))
         for layer in range(top):
             for head in range(model.cfg.n_heads):
                 sender = patch_heads(

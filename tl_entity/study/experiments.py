@@ -147,10 +147,10 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
         with bench.progress(f"{bench.role}: prompts answered right", s.prompts) as done:
             for chunk in pairs.chunks(bench.batch_size):
                 right = bench.evaluate(chunk.clean).correct | s.all_pairs
-                for index in right.nonzero().squeeze(1).tolist():
-                    if len(kept) < s.prompts:
-                        kept.append(tried + index)
-                done(min(s.prompts, len(kept)) - min(s.prompts, len(kept) - int(right.sum())))
+                wanted = s.prompts - len(kept)
+                found = [tried + index for index in right.nonzero().squeeze(1).tolist()][:wanted]
+                kept += found
+                done(len(found))
                 if len(kept) == s.prompts:
                     # Those after the last one that was needed were not looked at.
                     tried = kept[-1] + 1
@@ -165,8 +165,8 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
     if record["kept"] < min(FEWEST_PAIRS, s.prompts):
         raise InputError(
             f"{s.models[bench.role]} answers only {record['kept']} of {record['tried']} prompts of "
-            f"{s.boxes} boxes right, too few to find its circuit from; ask for fewer boxes, or take "
-            "prompts it answers wrong as well (--all-pairs)."
+            f"{s.boxes} boxes right, too few to find its circuit from; ask for fewer boxes, "
+            "or take prompts it answers wrong as well (--all-pairs)."
         )
     return pairs[tensors["kept"]], record
 
@@ -230,9 +230,7 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit
     return discovery.circuit, record
 
 
-def measure_faithfulness(
-    bench: Bench, circuit: Circuit, others: Mapping[str, Circuit]
-) -> Record:
+def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Circuit]) -> Record:
     """How much of the model's accuracy its circuit has alone, beside other circuits run in it.
 
     Args:

@@ -33,10 +33,19 @@ from tl_entity.study.experiments import (
 from tl_entity.study.figures import figures_of
 from tl_entity.study.report import figure_page, render_report
 from tl_entity.study.settings import GROUPS, Settings, planted, resolve_sizes
-from tl_entity.study.store import REPORT, RESULTS, Record, Store, check_writable, fingerprint, to_json
+from tl_entity.study.store import (
+    REPORT,
+    RESULTS,
+    Record,
+    Store,
+    check_writable,
+    fingerprint,
+    to_json,
+)
 from tl_entity.tasks.pairs import discovery_pairs
 
-PACKAGES = ("tl_entity", "torch", "transformer_lens", "transformers", "plotly")
+COMPUTING = ("tl_entity", "torch", "transformer_lens", "transformers")
+PACKAGES = (*COMPUTING, "plotly")
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,7 @@ def reproduce(
     store = Store(out)
     versions = _versions()
     code = _code_fingerprint()
+    labels = _labels(settings.models)
     circuits: dict[str, Circuit] = {}
     seeds: dict[str, int] = {}
     models: Record = {}
@@ -99,13 +109,11 @@ def reproduce(
         inputs = {
             "model": facts[role].fingerprint,
             "code": code,
-            "versions": versions,
+            "versions": {package: versions[package] for package in COMPUTING},
             "batch_size": settings.batch_size,
             "device": torch.device(model.cfg.device or "cpu").type,
         }
-        bench = Bench(
-            role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds
-        )
+        bench = Bench(role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds)
         same_heads = {
             other: circuit
             for other, circuit in circuits.items()
@@ -114,6 +122,7 @@ def reproduce(
         models[role], circuits[role] = _study_model(bench, same_heads)
         models[role] |= {
             "name": name,
+            "label": labels[role],
             "note": next((m.note for m in REGISTRY if m.name == name), None),
             "n_layers": facts[role].n_layers,
             "n_heads": facts[role].n_heads,
@@ -181,6 +190,12 @@ def model_fingerprint(model: HookedTransformer) -> str:
         data = parameter.detach().cpu().contiguous().reshape(-1)
         found.update(data.view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _labels(models: dict[str, str]) -> dict[str, str]:
+    """Names to show: the last part of a path, where that tells the models apart."""
+    short = {role: Path(name).name or name for role, name in models.items()}
+    return short if len(set(short.values())) == len(short) else dict(models)
 
 
 def _study_model(bench: Bench, others: dict[str, Circuit]) -> tuple[Record, Circuit]:

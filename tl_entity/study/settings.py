@@ -16,7 +16,7 @@ GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
 PAPER_HEADS = 1024
 PAPER_SIZES = (40, 7, 20, 5)
 PAPER_RECEIVERS = (20, 5, 10)
-"""Llama-7B's head count, circuit sizes, and how many heads of a group the next stage patched into."""
+"""Llama-7B's head count, circuit sizes, and how many of a group the next stage patched into."""
 
 SMALLEST_GROUP = 2
 FEWEST_PAIRS = 8
@@ -89,9 +89,7 @@ def planted(name_or_path: str) -> Circuit | None:
 
 
 @checked
-def resolve_sizes(
-    settings: Settings, n_heads: int
-) -> tuple[dict[str, int], dict[str, int]]:
+def resolve_sizes(settings: Settings, n_heads: int) -> tuple[dict[str, int], dict[str, int]]:
     """Group sizes and receiver sizes for models of so many heads in all.
 
     Raises:

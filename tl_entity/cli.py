@@ -1,0 +1,301 @@
+"""`tl-entity`: commands, progress, and errors as one line. Imports torch only inside a command."""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tl_entity.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PROGRAM = "tl-entity"
+BAD_INPUT, INTERRUPTED = 2, 130
+
+_EXAMPLES = """\
+examples:
+  tl-entity reproduce
+      the pair of models that ships; minutes on two cores; report in results/report.html
+  tl-entity reproduce --base models/llama --tuned models/llama-tuned --prompts 100 --out study
+      folders with config.json, safetensors and a tokenizer
+  tl-entity reproduce --base models/llama --tuned none --sizes 40,7,20,5 --receiver-sizes 20,5,10
+      one model alone, with the group sizes of the paper
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: those after the program's name; the process's own if left out.
+
+    Returns:
+        The exit code: 0; 2 for input that cannot be used; 130 if interrupted.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has said why, or has shown its help
+        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    try:
+        options.run(options)
+    except InputError as error:
+        return _complain(str(error), BAD_INPUT)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{place}{error.strerror or error}.", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _complain(
+            "interrupted. Finished steps are kept: the same command goes on from there.",
+            INTERRUPTED,
+        )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog=PROGRAM,
+        description="Does a fine-tuned model use the same mechanism as before, only better?",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_reproduce(commands)
+    _add_train(commands)
+    return parser
+
+
+def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "reproduce",
+        help="find, test and compare the entity-tracking circuits of two models",
+        description="Measures both models' accuracy, finds the circuit of each by path patching, "
+        "and tests it. Finished steps are kept in the output folder, so that the same command goes "
+        "on where it was stopped.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    model = "a name (default-base, default-tuned), a folder, or a hub id"
+    add = command.add_argument
+    add("--base", default="default-base", metavar="MODEL", help=f"base model: {model}")
+    add(
+        "--tuned",
+        default="default-tuned",
+        metavar="MODEL",
+        help="its fine-tune, given likewise; none to study the base alone",
+    )
+    add(
+        "--prompts",
+        type=_whole_number(2),
+        default=200,
+        metavar="N",
+        help="prompts an accuracy and pairs a discovery (default: 200)",
+    )
+    add(
+        "--boxes",
+        type=_whole_number(2),
+        default=7,
+        metavar="N",
+        help="boxes in a prompt (default: 7)",
+    )
+    add(
+        "--sizes",
+        type=_sizes(4),
+        metavar="A,B,C,D",
+        help="heads kept in each of the four groups (default: as many as were planted, "
+        "or else the share that they have in the paper)",
+    )
+    add(
+        "--receiver-sizes",
+        type=_sizes(3),
+        metavar="A,B,C",
+        help="how many of a group's heads the next stage patches into (default: all that were "
+        "planted, or else the paper's share of the group)",
+    )
+    add(
+        "--random-circuits",
+        type=_whole_number(0),
+        default=10,
+        metavar="N",
+        help="how many random circuits to compare with (default: 10)",
+    )
+    add(
+        "--all-pairs",
+        action="store_true",
+        help="also find circuits from prompts that the model answers wrong",
+    )
+    add(
+        "--seed",
+        type=_whole_number(0),
+        default=0,
+        metavar="N",
+        help="all random choices follow from it (default: 0)",
+    )
+    add(
+        "--engine",
+        choices=["exact", "hooks"],
+        default="exact",
+        help="path patching: only what can change (exact), or a full run a head (hooks)",
+    )
+    add(
+        "--batch-size",
+        type=_whole_number(1),
+        metavar="N",
+        help="prompts run together (default: what memory allows)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "float64", "float16", "bfloat16"],
+        default="float32",
+        help="of weights and activations (default: float32)",
+    )
+    add("--device", metavar="NAME", help="such as cpu or cuda (default: the best there is)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="FOLDER",
+        help="folder for the report and all else (default: results)",
+    )
+    command.set_defaults(run=_reproduce)
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "train-default-pair",
+        help="train the pair of models that ships once more",
+        description="Trains the tiny base model, with its planted circuit, and its fine-tune.",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for both checkpoints"
+    )
+    command.add_argument(
+        "--seed", type=_whole_number(0), default=0, metavar="N", help="(default: 0)"
+    )
+    command.set_defaults(run=_train)
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    _quieten()
+    from tl_entity.study.report import summary
+    from tl_entity.study.reproduce import reproduce
+    from tl_entity.study.settings import GROUPS, Settings
+    from tl_entity.study.store import REPORT
+
+    settings = Settings(
+        base=options.base,
+        tuned=None if options.tuned == "none" else options.tuned,
+        prompts=options.prompts,
+        boxes=options.boxes,
+        sizes=options.sizes and dict(zip(GROUPS, options.sizes, strict=True)),
+        receiver_sizes=options.receiver_sizes
+        and dict(zip(GROUPS[:-1], options.receiver_sizes, strict=True)),
+        random_circuits=options.random_circuits,
+        all_pairs=options.all_pairs,
+        seed=options.seed,
+        engine=options.engine,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    results = reproduce(settings, options.out, progress=_bar, say=_note)
+    for line in summary(results):
+        _say(line)
+    _say(f"report: {options.out / REPORT}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    _quieten()
+    from tl_entity.study.store import check_writable
+    from tl_entity.training.train import train_default_pair
+
+    check_writable(options.out)
+    train_default_pair(options.out, seed=options.seed)
+    _say(f"The pair is in {options.out}.")
+
+
+@contextmanager
+def _bar(what: str, total: int) -> "Iterator[Callable[[int], object]]":
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total,
+        desc=f"{what:<24}",
+        unit="run",
+        file=sys.stderr,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+    ) as bar:
+        yield bar.update
+
+
+def _quieten() -> None:
+    """Keep libraries from talking over the progress bars."""
+    # Read when transformers and huggingface_hub are imported.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{PROGRAM}: {message} (see {self.prog} --help)\n")
+
+
+def _whole_number(least: int) -> "Callable[[str], int]":
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
+        return number
+
+    return read
+
+
+def _sizes(count: int) -> "Callable[[str], tuple[int, ...]]":
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            numbers = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) != count or min(numbers) < 1:
+            example = ",".join(("4", "2", "3", "2")[:count])
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {count} positive whole numbers such as {example}"
+            )
+        return numbers
+
+    return read
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("tl_entity")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(f"{PROGRAM}: {line}\n")
+
+
+def _complain(sentence: str, code: int) -> int:
+    _note(sentence)
+    return code

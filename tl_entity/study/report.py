@@ -1,0 +1,521 @@
+"""report.html: one page that needs nothing but itself, made from the content of results.json."""
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tl_entity.heads import Head
+from tl_entity.plots import figure_html, plotly_script
+from tl_entity.study.figures import (
+    LETTERS,
+    POSITION_WORDS,
+    single_heatmaps,
+    sorted_counts,
+    stage_title,
+)
+from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURACY
+from tl_entity.study.settings import GROUPS
+
+PLANTED_NOTE = (
+    "The circuit of this model was planted: we trained it ourselves, and guided the attention of "
+    "chosen heads in training. That makes it a test of the method, whose right answer is known. "
+    "It is no evidence on what training brings about by itself."
+)
+NO_VALUE, MINUS = "&ndash;", "&minus;"
+_NONE = '<span class="soft">none</span>'
+
+
+def figure_page(figure: go.Figure, name: str) -> str:
+    """A page of one figure, beside plotly.min.js in the same folder."""
+    return _page(
+        str(figure.layout.title.text or name),
+        f'<script src="{plotly_script().name}"></script>',
+        figure_html(figure, name),
+    )
+
+
+def render_report(results: str, figures: dict[str, go.Figure], problem: str | None = None) -> str:
+    """The report.
+
+    Args:
+        results: the text of results.json.
+        figures: of the same results.
+        problem: what else the reader must know.
+    """
+    content = json.loads(results)
+    models, settings = content["models"], content["settings"]
+    roles = list(models)
+    title = " and ".join(models[role]["label"] for role in roles)
+    sections: list[tuple[str, str, str]] = [
+        ("accuracy", "Accuracy", _accuracy_section(content, figures)),
+        *(
+            (
+                f"circuit-{role}",
+                f"Circuit of {models[role]['label']}",
+                _circuit_section(content, role),
+            )
+            for role in roles
+        ),
+        ("faithfulness", "Faithfulness", _faithfulness_section(content, figures)),
+    ]
+    if content["same_circuit"] is not None:
+        sections.append(("same", "The same heads?", _same_section(content)))
+    sections.append(("attention", "Attention", _attention_section(content, figures)))
+    if any(model["planted"] for model in models.values()):
+        sections.append(("planted", "Planted heads", _planted_section(content)))
+    sections += [
+        ("paper", "Beside the paper", _paper_section(content)),
+        ("again", "Settings, versions, running it again", _settings_section(content)),
+    ]
+    links = "".join(f'<a href="#{name}">{escape(text)}</a> ' for name, text, _ in sections)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(models, problem))
+    body = (
+        f"<h1>Entity tracking in {escape(title)}</h1>"
+        f'<p class="soft">Prompts of {settings["boxes"]} boxes, such as <q>The apple is in Box E, '
+        "the bell is in Box Q. Box Q contains the</q> with the answer <q>bell</q>. "
+        "Brackets hold 95 % intervals.</p>"
+        f'<p class="lead">{_lead(content)}</p>{notes}'
+        f'<nav aria-label="Contents">{links}</nav>'
+        + "".join(
+            f'<section id="{name}"><h2>{escape(text)}</h2>{html}</section>'
+            for name, text, html in sections
+        )
+    )
+    return _page(
+        f"Entity tracking in {title}",
+        f"<script>{plotly_script().read_text(encoding='utf-8')}</script>",
+        body,
+    )
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """The main findings, a line each, for a terminal."""
+    models, boxes = results["models"], results["settings"]["boxes"]
+    lines = []
+    for model in models.values():
+        found = model["faithfulness"]
+        sizes = "/".join(str(len(model["circuit"][group])) for group in GROUPS)
+        lines.append(
+            f"{model['label']}: accuracy {_share(model['accuracy'][str(boxes)])} on {boxes} boxes"
+        )
+        control = found["random"]
+        beside = f", random circuits {control['mean']:.3f}" if control["accuracies"] else ""
+        lines.append(
+            f"{model['label']}: circuit of {_size(model)} heads ({sizes}), faithfulness "
+            f"{_ratio(found)}{beside}"
+        )
+    same = results["same_circuit"]
+    if same is not None:
+        lines.append(
+            f"shared by both circuits: {same['shared']} heads "
+            f"(by chance {same['shared_by_chance']:.1f})"
+        )
+    return lines
+
+
+def _page(title: str, script: str, body: str) -> str:
+    style = files("tl_entity.study").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>\n<style>{style}</style>\n'
+        f"{script}\n</head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _notes(models: dict[str, Any], problem: str | None) -> Iterable[str]:
+    if any(model["planted"] for model in models.values()):
+        names = " and ".join(model["label"] for model in models.values() if model["planted"])
+        yield f"{names}: planted. {PLANTED_NOTE}"
+    if problem is not None:
+        yield problem
+
+
+def _lead(content: dict[str, Any]) -> str:
+    models, boxes = content["models"], content["settings"]["boxes"]
+    sentences = []
+    answers = [
+        f"{escape(model['label'])} answers {_percent(model['accuracy'][str(boxes)])}"
+        for model in models.values()
+    ]
+    sentences.append(f"On {boxes} boxes {' and '.join(answers)} of the prompts right.")
+    for model in models.values():
+        found = model["faithfulness"]
+        total = model["n_layers"] * model["n_heads"]
+        control = found["random"]
+        beside = (
+            f"; {len(control['accuracies'])} random circuits of the same sizes answer "
+            f"{control['mean']:.1%} on average"
+            if control["accuracies"]
+            else ""
+        )
+        sentences.append(
+            f"The circuit found in {escape(model['label'])}, {_size(model)} of {total} heads, "
+            f"answers {_percent(found['circuit'])} with all else ablated: "
+            f"a faithfulness of {_ratio(found)}{beside}."
+        )
+    same = content["same_circuit"]
+    if same is not None:
+        sentences.append(
+            f"The two circuits share {same['shared']} heads, where {same['first']} and "
+            f"{same['second']} heads drawn at random would share {same['shared_by_chance']:.1f}."
+        )
+    for role, model in models.items():
+        for other, score in model["faithfulness"]["other_circuits"].items():
+            sentences.append(
+                f"The {escape(other)} model's circuit, run inside the {escape(role)} model, has a "
+                f"faithfulness of {_ratio(score)} there."
+            )
+    return " ".join(sentences)
+
+
+def _accuracy_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
+    models = content["models"]
+    prompts = content["settings"]["prompts"]
+    counts = [n for n, _ in sorted_counts(next(iter(models.values())))]
+    rows = [
+        [escape(n), *(_share(model["accuracy"][n]) for model in models.values())] for n in counts
+    ]
+    return (
+        f"<p>Share of {prompts} random prompts whose most likely next token, of the whole "
+        "vocabulary, is the right object.</p>"
+        + _figure(figures, "accuracy", "Bars: 95 % Wilson intervals.")
+        + _table(["boxes", *(escape(model["label"]) for model in models.values())], rows)
+    )
+
+
+def _circuit_section(content: dict[str, Any], role: str) -> str:
+    model = content["models"][role]
+    pairs = model["pairs"]
+    chosen_from = (
+        f"Scores are means over {pairs['kept']} pairs of a clean and a corrupt prompt. Of "
+        f"{pairs['tried']} prompts tried, these are the ones that the model answers right: a score "
+        "is a relative change of the answer's probability, and where the model is sure of a wrong "
+        "answer, that probability is tiny and any change many times its size, so a few such "
+        "prompts would outweigh all others."
+        if pairs["answered_right_only"]
+        else f"Scores are means over {pairs['kept']} pairs of a clean and a corrupt prompt, "
+        "whether the model answers them right or not. Where it is sure of a wrong answer, the "
+        "answer's probability is tiny and any change many times its size, so a few prompts can "
+        "outweigh all others."
+    )
+    known = '<span class="known"></span>planted' if model["planted"] else ""
+    rows = []
+    for group in GROUPS:
+        stage = model["discovery"][group]
+        heads = model["circuit"][group]
+        rows.append(
+            [
+                f"{LETTERS[group]} <code>{group}</code>",
+                escape(POSITION_WORDS[stage["position"]]),
+                "logits"
+                if stage["receivers"] is None
+                else f"{stage['receiver_input']} of {_heads(stage['receivers'])}",
+                _heads(heads),
+                _span_of_scores(stage, heads),
+            ]
+        )
+    plots = "".join(
+        f"<figure><figcaption>{escape(stage_title(model['discovery'][group], group))}</figcaption>"
+        f"{figure_html(figure, f'figure-{role}-{group}')}</figure>"
+        for group, figure in single_heatmaps(content, role).items()
+    )
+    return (
+        "<p>Found back to front by path patching: each head in turn takes its value from a corrupt "
+        "prompt, and its change travels only along the path named above the map. The score is the "
+        "relative change of the right object's probability: &minus;1 takes it away altogether, 0 "
+        f"changes nothing.</p><p>{chosen_from}</p>"
+        '<p class="key soft">Red: the answer needs the head. Blue: it does better without.'
+        f'<span class="chosen"></span>chosen{known}'
+        '<span class="hatched"></span>cannot reach the receivers</p>'
+        f'<div class="pair">{plots}</div>'
+        + _table(
+            ["group", "at", "patched into", "heads chosen, the most important first", "scores"],
+            rows,
+        )
+        + '<p class="soft">A head chosen in two groups at one position counts for the later stage, '
+        "so that a group can be smaller than asked for.</p>"
+    )
+
+
+def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
+    rows = []
+    for model in content["models"].values():
+        found = model["faithfulness"]
+        name = escape(model["label"])
+        rows.append([name, "whole model", _share(found["model"]), ""])
+        rows.append(
+            [name, f"its circuit ({_size(model)} heads)", _share(found["circuit"]), _ratio(found)]
+        )
+        for other, score in found["other_circuits"].items():
+            rows.append(
+                [
+                    name,
+                    f"circuit of the {escape(other)} model",
+                    _share(score["circuit"]),
+                    _ratio(score),
+                ]
+            )
+        control = found["random"]
+        if control["accuracies"]:
+            whole = found["model"]["accuracy"]
+            ratio = f"{control['mean'] / whole:.3f}" if whole else NO_VALUE
+            rows.append(
+                [
+                    name,
+                    f"{len(control['accuracies'])} random circuits of these sizes",
+                    f"{control['mean']:.3f} (from {control['lowest']:.3f} to "
+                    f"{control['highest']:.3f})",
+                    ratio,
+                ]
+            )
+    prompts = content["settings"]["prompts"]
+    return (
+        f"<p>On {prompts} prompts that discovery has not seen: accuracy with every head outside "
+        "the circuit set to its mean output, at every token; and the circuit's own heads too, "
+        "except at their own position. Faithfulness is this accuracy over the whole model's.</p>"
+        + _figure(
+            figures,
+            "faithfulness",
+            "95 % Wilson intervals; for random circuits, from the lowest to the highest.",
+        )
+        + _table(["model", "what is left", "accuracy", "faithfulness"], rows)
+    )
+
+
+def _same_section(content: dict[str, Any]) -> str:
+    same, names = content["same_circuit"], [m["label"] for m in content["models"].values()]
+    rows = [
+        [
+            f"{LETTERS[group]} <code>{group}</code>",
+            _heads(found["shared"]),
+            _heads(found["only_first"]),
+            _heads(found["only_second"]),
+            f"{found['shared_by_chance']:.2f}",
+        ]
+        for group, found in ((group, same["groups"][group]) for group in GROUPS)
+    ]
+    jaccard = NO_VALUE if same["jaccard"] is None else f"{same['jaccard']:.2f}"
+    return (
+        f"<p>{same['shared']} heads are in the same group of both circuits: a Jaccard index of "
+        f"{jaccard}. Circuits of these sizes drawn at random would share "
+        f"{same['shared_by_chance']:.1f} on average.</p>"
+        + _table(
+            [
+                "group",
+                "in both",
+                f"only {escape(names[0])}",
+                f"only {escape(names[1])}",
+                "by chance",
+            ],
+            rows,
+        )
+    )
+
+
+def _attention_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
+    parts = [
+        "<p>Mean attention weight of each head of the circuit, from its group's position to the "
+        "named positions. The last columns give the distance back to the token that is looked at "
+        "most, where that is the same in most prompts.</p>"
+    ]
+    for role, model in content["models"].items():
+        rows = []
+        for group in GROUPS:
+            seen = model["attention"][group]
+            for index, head in enumerate(seen["heads"]):
+                weights = seen["weights"][index]
+                best = max(range(len(weights)), key=weights.__getitem__)
+                rows.append(
+                    [
+                        f"{LETTERS[group]} <code>{group}</code>",
+                        str(Head(*head)),
+                        escape(POSITION_WORDS.get(seen["from"], seen["from"])),
+                        escape(POSITION_WORDS.get(seen["to"][best], seen["to"][best])),
+                        f"{weights[best]:.2f}",
+                        f"{seen['common_offset'][index]}",
+                        f"{seen['offset_share'][index]:.0%}",
+                    ]
+                )
+        parts.append(
+            _figure(figures, f"{role}_attention", "Rows add up to 1; a gap: no such token.")
+        )
+        parts.append(
+            "<details><summary>As a table</summary>"
+            + _table(
+                [
+                    "group",
+                    "head",
+                    "looks from",
+                    "mostly to",
+                    "weight",
+                    "tokens back",
+                    "in prompts",
+                ],
+                rows,
+            )
+            + "</details>"
+        )
+    return "".join(parts)
+
+
+def _planted_section(content: dict[str, Any]) -> str:
+    parts = [
+        "<p>The heads whose attention we guided in training, beside those that path patching "
+        "chose without being told.</p>"
+    ]
+    for model in content["models"].values():
+        known = model["planted"]
+        if not known:
+            continue
+        rows = [
+            [
+                f"{LETTERS[group]} <code>{group}</code>",
+                _heads(found["planted"]),
+                _heads(found["found"]),
+                _heads(found["missed"]),
+                _heads(found["not_planted"]),
+            ]
+            for group, found in ((group, known["groups"][group]) for group in GROUPS)
+        ]
+        parts.append(
+            _table(
+                ["group", "planted", "found", "missed", "chosen, not planted"],
+                rows,
+                caption=f"{escape(model['label'])}: {known['found']} of {known['planted']} planted "
+                f"heads found, among {known['chosen']} chosen.",
+            )
+        )
+    return "".join(parts)
+
+
+def _paper_section(content: dict[str, Any]) -> str:
+    boxes = content["settings"]["boxes"]
+    rows = [
+        [
+            f"{escape(model['label'])} (here, {boxes} boxes)",
+            _share(model["faithfulness"]["model"]),
+            _share(model["faithfulness"]["circuit"]),
+            _ratio(model["faithfulness"]),
+            "/".join(str(len(model["circuit"][group])) for group in GROUPS),
+        ]
+        for model in content["models"].values()
+    ]
+    rows += [
+        [
+            f"{paper.name} (published, 7 boxes)",
+            f"{paper.accuracy:.2f}",
+            f"{paper.circuit_accuracy:.2f}",
+            f"{paper.faithfulness:.2f}",
+            NO_VALUE if paper.sizes is None else "/".join(map(str, paper.sizes)),
+        ]
+        for paper in PUBLISHED
+    ]
+    low, high = RANDOM_CIRCUIT_ACCURACY
+    return (
+        f"<p>Published figures from {escape(CITATION)}. They are of other, far larger models, and "
+        "are set here to show which quantities correspond, not to be matched. The published "
+        "circuit accuracies are all of the circuit found in Llama-7B, run inside each model; ours are "
+        "of each model's own circuit. Random circuits answered from "
+        f"{low:g} to {high:g} right there.</p>"
+        + _table(["model", "accuracy", "of the circuit", "faithfulness", "heads A/B/C/D"], rows)
+    )
+
+
+def _settings_section(content: dict[str, Any]) -> str:
+    settings = content["settings"]
+    shown = [
+        [escape(name.replace("_", " ")), f"<code>{escape(_plain(value))}</code>"]
+        for name, value in settings.items()
+    ]
+    versions = [[escape(name), escape(value)] for name, value in content["versions"].items()]
+    seeds = [[escape(name), str(value)] for name, value in content["seeds"].items()]
+    return (
+        f"<p>To run it again:</p><pre>{escape(command(settings))}</pre>"
+        + _table(["setting", "value"], shown)
+        + _table(["software", "version"], versions)
+        + "<details><summary>Seeds drawn from the one given, by purpose</summary>"
+        + _table(["purpose", "seed"], seeds)
+        + "</details>"
+    )
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The command line that does the same again, all settings written out."""
+    sizes = ",".join(str(settings["sizes"][group]) for group in GROUPS)
+    receivers = ",".join(
+        str(settings["receiver_sizes"].get(group, settings["sizes"][group]))
+        for group in GROUPS[:-1]
+    )
+    words = ["tl-entity", "reproduce", "--base", settings["base"]]
+    words += ["--tuned", settings["tuned"] or "none"]
+    words += ["--prompts", str(settings["prompts"]), "--boxes", str(settings["boxes"])]
+    words += ["--sizes", sizes, "--receiver-sizes", receivers]
+    words += ["--random-circuits", str(settings["random_circuits"])]
+    words += ["--all-pairs"] * settings["all_pairs"]
+    words += ["--seed", str(settings["seed"]), "--engine", settings["engine"]]
+    if settings["batch_size"] is not None:
+        words += ["--batch-size", str(settings["batch_size"])]
+    words += ["--dtype", settings["dtype"]]
+    if settings["device"] is not None:
+        words += ["--device", settings["device"]]
+    return shlex.join([*words, "--out", "results"])
+
+
+def _figure(figures: dict[str, go.Figure], name: str, caption: str) -> str:
+    return f"<figure>{figure_html(figures[name], f'figure-{name}')}<figcaption>{caption}</figcaption></figure>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    title = f"<caption>{caption}</caption>" if caption else ""
+    return (
+        f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _heads(heads: Sequence[Sequence[int]]) -> str:
+    return " ".join(str(Head(*head)) for head in heads) or _NONE
+
+
+def _size(model: dict[str, Any]) -> int:
+    return sum(len(model["circuit"][group]) for group in GROUPS)
+
+
+def _share(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _percent(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    value, (low, high) = found["faithfulness"], found["interval"]
+    if value is None or math.isnan(value):
+        return "not defined (nothing is answered right)"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _span_of_scores(stage: dict[str, Any], heads: Sequence[Sequence[int]]) -> str:
+    scores = [stage["scores"][layer][head] for layer, head in heads]
+    if not scores:
+        return ""
+    text = f"{min(scores):+.3f}" + (f" to {max(scores):+.3f}" if len(scores) > 1 else "")
+    return f'<span style="white-space:nowrap">{text.replace("-", MINUS)}</span>'
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
+    return "none" if value is None else str(value)
