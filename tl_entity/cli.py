@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_reproduce(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command = commands.add_parser(
         "reproduce",
         help="find, test and compare the entity-tracking circuits of two models",
@@ -167,7 +167,7 @@ def _add_reproduce(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     command.set_defaults(run=_reproduce)
 
 
-def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_train(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command = commands.add_parser(
         "train-default-pair",
         help="train the pair of models that ships once more",
@@ -214,7 +214,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     _quieten()
     from tl_entity.study.store import check_writable
-    from tl_entity.training.train import train_default_pair
+    from tl_entity.training.pair import train_default_pair
 
     check_writable(options.out)
     train_default_pair(options.out, seed=options.seed)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly
@@ -54,7 +55,13 @@ STYLE = go.layout.Template(
         "plot_bgcolor": "white",
         "colorway": SERIES_COLOURS,
         "hoverlabel": {"bgcolor": "white", "font_color": INK, "bordercolor": FAINT},
-        "xaxis": {"showgrid": False, "zeroline": False, "ticks": "", "automargin": True},
+        "xaxis": {
+            "title_standoff": 8,
+            "showgrid": False,
+            "zeroline": False,
+            "ticks": "",
+            "automargin": True,
+        },
         "yaxis": {"gridcolor": "#eceff2", "zeroline": False, "ticks": "", "automargin": True},
         "bargap": 0.3,
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
@@ -150,13 +157,9 @@ def stage_heatmaps(
         if one_scale:
             bar = {"title": {"text": "score"}} if index == 0 else None
         else:
-            axes = figure.get_subplot(row, column)
-            bar = {
-                "x": axes.xaxis.domain[1] + 0.005,
-                "y": sum(axes.yaxis.domain) / 2,
-                "len": axes.yaxis.domain[1] - axes.yaxis.domain[0],
-                "thickness": 12,
-            }
+            axes: Any = figure.get_subplot(row, column)
+            (_, right), (low, high) = axes.xaxis.domain, axes.yaxis.domain
+            bar = {"x": right + 0.005, "y": (low + high) / 2, "len": high - low}
         _add_panel(figure, panel, limit, bar, row=row, col=column)
     figure.update_layout(
         template=STYLE,
@@ -251,7 +254,9 @@ def attention_heatmap(
 ) -> go.Figure:
     """Mean attention weight of heads (rows) on named positions (columns); NaN leaves a gap."""
     few = len(rows) <= 40
-    text = [["" if math.isnan(w) else f"{w:.2f}" for w in row] for row in weights.tolist()]
+    text = [
+        ["" if math.isnan(w) or w < 0.005 else f"{w:.2f}" for w in row] for row in weights.tolist()
+    ]
     # Read from top to bottom, as a table.
     figure = go.Figure(
         go.Heatmap(
@@ -294,10 +299,13 @@ def figure_html(figure: go.Figure, name: str) -> str:
     content = json.dumps(figure.to_plotly_json(), cls=plotly.utils.PlotlyJSONEncoder)
     content = content.replace("<", "\\u003c")
     height = figure.layout.height or 450
+    # Drawn once the page is laid out: before, a figure would take the width of ones yet to come.
     return (
         f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
         f"<script>{{const f={content};"
-        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displayModeBar:false}});}}'
+        f'const draw=()=>Plotly.newPlot("{name}",f.data,f.layout,'
+        "{responsive:true,displayModeBar:false});"
+        'if(document.readyState==="loading")addEventListener("DOMContentLoaded",draw);else draw();}'
         "</script>"
     )
 
@@ -340,7 +348,7 @@ def _add_panel(
     panel: HeadMap,
     limit: float,
     colour_bar: dict | None,
-    **place: int,
+    **place: Any,
 ) -> None:
     layers, heads = panel.scores.shape
     figure.add_trace(
@@ -515,7 +523,7 @@ def _finish_bars(figure: go.Figure, title: str, axis: str) -> None:
         title_text=title,
         barmode="group",
         height=380,
-        margin={"l": 60, "r": 20, "t": 90, "b": 50},
+        margin={"l": 60, "r": 20, "t": 80, "b": 65},
         legend_traceorder="normal",
     )
     figure.update_yaxes(title_text=axis, range=[0, 1.02], tickformat=".1f", dtick=0.2)

@@ -80,7 +80,13 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         ({"hidden_act": "relu"}, "relu"),
         ({"partial_rotary_factor": 0.5}, "rotated"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
-        ({"hidden_size": "many"}, "config.json"),
+        # What transformers itself finds wrong is passed on, field and all.
+        ({"hidden_size": "many"}, "hidden_size"),
+        ({"hidden_size": "many"}, "int"),
+        ({"intermediate_size": -1}, "intermediate_size -1"),
+        ({"vocab_size": -1}, "vocab_size -1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta 'x'"),
     ],
 )
 def test_what_cannot_be_represented(folder: Path, changes: dict, word: str) -> None:

@@ -27,6 +27,7 @@ def hooked_config(
         InputError: if the architecture, or a feature of it, cannot be represented exactly.
     """
     _refuse_what_differs(config)
+    _refuse_what_is_no_size(config)
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
@@ -55,7 +56,6 @@ def hooked_config(
         rotary_adjacent_pairs=False,
         init_weights=False,
         model_name=str(config.model_type),
-        original_architecture=(config.architectures or [None])[0],
         tie_word_embeddings=bool(config.tie_word_embeddings),
         # What the tokenizer does, once there is one.
         default_prepend_bos=False,
@@ -95,6 +95,26 @@ def _refuse_what_differs(config: PretrainedConfig) -> None:
             raise InputError(f"HookedTransformer can't represent this checkpoint: {reason}.")
 
 
+def _refuse_what_is_no_size(config: PretrainedConfig) -> None:
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+    ):
+        size = getattr(config, name, None)
+        # Key-value heads and the size of a head follow from the others where they are not given.
+        optional = name in ("num_key_value_heads", "head_dim")
+        if size is None and optional:
+            continue
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"config.json has {name} {size!r}; it must be a positive number.")
+
+
 def _has_sliding_window(config: PretrainedConfig) -> bool:
     if config.model_type == "qwen2":
         # A window may be set and not used, or used in no layer.
@@ -116,6 +136,11 @@ def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
 def _rope(config: PretrainedConfig) -> dict[str, Any]:
     """The rotary embedding as fields of HookedTransformerConfig."""
     rope = _rope_parameters(config)
+    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
+        if isinstance(rope.get(name), (str, list, dict)):
+            raise InputError(
+                f"The rotary embedding in config.json has {name} {rope[name]!r}, not a number."
+            )
     try:
         base = {"rotary_base": rope["rope_theta"]}
         match rope["rope_type"]:

@@ -116,9 +116,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the library raises many kinds, some of them bare Exception
-        raise InputError(
-            f"{folder} has no tokenizer that can be read: {_first_line(error)}"
-        ) from None
+        raise InputError(f"{folder} has no tokenizer that can be read: {_reason(error)}") from None
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -151,9 +149,7 @@ def _device(device: str | torch.device | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"The device {str(device)!r} can't be used: {_first_line(error)}"
-        ) from None
+        raise InputError(f"The device {str(device)!r} can't be used: {_reason(error)}") from None
     return str(device)
 
 
@@ -174,7 +170,7 @@ def _folder(name_or_path: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds, network errors among them
         raise InputError(
-            f"There is no folder {name}, and it can't be had from the hub: {_first_line(error)}"
+            f"There is no folder {name}, and it can't be had from the hub: {_reason(error)}"
         ) from None
 
 
@@ -187,14 +183,13 @@ def _read_config(folder: Path) -> PretrainedConfig:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not JSON that can be read: {_first_line(error)}.") from None
+        raise InputError(f"{file} is not JSON that can be read: {_reason(error)}.") from None
     kind = content.get("model_type") if isinstance(content, dict) else None
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # an unknown model_type and bad values raise different kinds
         raise InputError(
-            f"{file} (model_type {kind!r}) is no configuration that can be read: "
-            f"{_first_line(error)}"
+            f"{file} (model_type {kind!r}) is no configuration that can be read: {_reason(error)}"
         ) from None
 
 
@@ -222,5 +217,7 @@ def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _reason(error: Exception) -> str:
+    """A library's message as part of a sentence: its first line, or two if that only announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

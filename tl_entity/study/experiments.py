@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformers import PreTrainedTokenizerBase
 
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head
@@ -41,6 +42,17 @@ def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], obje
     return nullcontext(lambda runs: None)
 
 
+def own_tokenizer(model: HookedTransformer) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if model.tokenizer is None:
+        raise InputError("The model has no tokenizer, so no prompts can be written for it.")
+    return model.tokenizer
+
+
 @dataclass
 class Bench:
     """One model with all that its experiments share.
@@ -68,6 +80,11 @@ class Bench:
     seeds: dict[str, int] = field(default_factory=dict)
     _means: Tensor | None = None
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own."""
+        return own_tokenizer(self.model)
+
     def seed(self, *purpose: str | int) -> int:
         """The seed for a purpose, which is noted; the same for every model."""
         drawn = stream_seed(self.settings.seed, *purpose)
@@ -82,7 +99,7 @@ class Bench:
         """Prompts that neither discovery nor the mean outputs have seen."""
         s = self.settings
         return box_prompts(
-            self.model.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("faithfulness")
+            self.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("faithfulness")
         )
 
     def mean_outputs(self) -> Tensor:
@@ -90,7 +107,7 @@ class Bench:
         if self._means is None:
             s = self.settings
             others = discovery_pairs(
-                self.model.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("ablation")
+                self.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("ablation")
             ).corrupt
             self._means = mean_head_outputs(self.model, others, batch_size=self.batch_size)
         return self._means
@@ -118,7 +135,7 @@ def measure_accuracy(bench: Bench) -> Record:
         found: Record = {}
         with bench.progress(f"{bench.role}: accuracy", len(counts) * s.prompts) as done:
             for n in counts:
-                prompts = box_prompts(bench.model.tokenizer, s.prompts, n_boxes=n, seed=seeds[n])
+                prompts = box_prompts(bench.tokenizer, s.prompts, n_boxes=n, seed=seeds[n])
                 found[str(n)] = _accuracy(bench.evaluate(prompts))
                 done(s.prompts)
         return found, {}
@@ -139,7 +156,7 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
     s = bench.settings
     tries = s.prompts if s.all_pairs else TRIES * s.prompts
     seed = bench.seed("pairs")
-    pairs = discovery_pairs(bench.model.tokenizer, tries, n_boxes=s.boxes, seed=seed)
+    pairs = discovery_pairs(bench.tokenizer, tries, n_boxes=s.boxes, seed=seed)
 
     def compute() -> Outcome:
         kept: list[int] = []

@@ -31,6 +31,13 @@ POSITION_WORDS = {
     "first_token": "first token",
     "elsewhere": "elsewhere",
 }
+
+
+def position_words(name: str) -> str:
+    """A named position in words."""
+    return POSITION_WORDS.get(name, name.replace("_", " "))
+
+
 _INPUT_WORDS = {"q": "queries", "k": "keys", "v": "values"}
 
 
@@ -96,7 +103,7 @@ def stage_title(stage: dict[str, Any], group: str) -> str:
         into = "the logits"
     else:
         into = f"the {_INPUT_WORDS[stage['receiver_input']]} of {LETTERS[stage['into']]}"
-    return f"{LETTERS[group]} {group}: into {into}, {POSITION_WORDS[stage['position']]}"
+    return f"{LETTERS[group]} {group}: into {into}, {position_words(stage['position'])}"
 
 
 def sorted_counts(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -128,7 +135,8 @@ def _faithfulness(models: dict[str, Any], boxes: int) -> go.Figure:
                 control["highest"],
                 tuple(control["accuracies"]),
             )
-        series[f"{model['label']} ({role})" if len(models) > 1 else model["label"]] = bars
+        name = model["label"]
+        series[name if name == role or len(models) == 1 else f"{name} ({role})"] = bars
     # Every series in the same order of categories, though not every one has all.
     order = list(dict.fromkeys(category for bars in series.values() for category in bars))
     order.sort(key=lambda category: category.startswith("random"))
@@ -138,7 +146,7 @@ def _faithfulness(models: dict[str, Any], boxes: int) -> go.Figure:
 
 
 def _attention(model: dict[str, Any]) -> go.Figure:
-    columns = list(
+    columns: list[str] = list(
         dict.fromkeys(name for group in model["attention"].values() for name in group["to"])
     )
     # The rest comes last, whichever group it was first seen in.
@@ -152,7 +160,7 @@ def _attention(model: dict[str, Any]) -> go.Figure:
             weights.append([by_name.get(name, math.nan) for name in columns])
     return attention_heatmap(
         rows,
-        [POSITION_WORDS.get(name, name) for name in columns],
+        [position_words(name) for name in columns],
         np.array(weights, dtype=np.float64).reshape(len(rows), len(columns)),
         title=f"{model['label']}: what the circuit's heads attend to, each from its own position",
     )

@@ -14,7 +14,7 @@ from tl_entity.heads import Head
 from tl_entity.plots import figure_html, plotly_script
 from tl_entity.study.figures import (
     LETTERS,
-    POSITION_WORDS,
+    position_words,
     single_heatmaps,
     sorted_counts,
     stage_title,
@@ -23,9 +23,9 @@ from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURA
 from tl_entity.study.settings import GROUPS
 
 PLANTED_NOTE = (
-    "The circuit of this model was planted: we trained it ourselves, and guided the attention of "
-    "chosen heads in training. That makes it a test of the method, whose right answer is known. "
-    "It is no evidence on what training brings about by itself."
+    "was planted: we trained the model ourselves, and guided the attention of chosen heads in "
+    "training. That makes this a test of the method, whose right answer is known; it is no "
+    "evidence on what training brings about by itself."
 )
 NO_VALUE, MINUS = "&ndash;", "&minus;"
 _NONE = '<span class="soft">none</span>'
@@ -54,14 +54,7 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
     title = " and ".join(models[role]["label"] for role in roles)
     sections: list[tuple[str, str, str]] = [
         ("accuracy", "Accuracy", _accuracy_section(content, figures)),
-        *(
-            (
-                f"circuit-{role}",
-                f"Circuit of {models[role]['label']}",
-                _circuit_section(content, role),
-            )
-            for role in roles
-        ),
+        ("circuits", "Circuits", _circuits_section(content)),
         ("faithfulness", "Faithfulness", _faithfulness_section(content, figures)),
     ]
     if content["same_circuit"] is not None:
@@ -132,7 +125,7 @@ def _page(title: str, script: str, body: str) -> str:
 def _notes(models: dict[str, Any], problem: str | None) -> Iterable[str]:
     if any(model["planted"] for model in models.values()):
         names = " and ".join(model["label"] for model in models.values() if model["planted"])
-        yield f"{names}: planted. {PLANTED_NOTE}"
+        yield f"The circuit of {names} {PLANTED_NOTE}"
     if problem is not None:
         yield problem
 
@@ -190,22 +183,35 @@ def _accuracy_section(content: dict[str, Any], figures: dict[str, go.Figure]) ->
     )
 
 
-def _circuit_section(content: dict[str, Any], role: str) -> str:
+def _circuits_section(content: dict[str, Any]) -> str:
+    planted = any(model["planted"] for model in content["models"].values())
+    known = '<b><span class="known"></span>planted</b>' if planted else ""
+    return (
+        "<p>Found back to front by path patching: each head in turn takes its value from a corrupt "
+        "prompt, and its change travels only along the path named above the map. The score is the "
+        "relative change of the right object's probability: &minus;1 takes it away altogether, 0 "
+        "changes nothing. Where a model is sure of a wrong answer, that probability is tiny and "
+        "any change many times its size, so a few such prompts can outweigh all others.</p>"
+        '<p class="key soft">Red: the answer needs the head. Blue: it does better without.'
+        f' <b><span class="chosen"></span>chosen</b> {known}'
+        ' <b><span class="hatched"></span>cannot reach the receivers</b></p>'
+        + "".join(_circuit(content, role) for role in content["models"])
+        + '<p class="soft">A head chosen in two groups at one position counts for the later stage, '
+        "so that a group can be smaller than asked for.</p>"
+    )
+
+
+def _circuit(content: dict[str, Any], role: str) -> str:
     model = content["models"][role]
     pairs = model["pairs"]
     chosen_from = (
-        f"Scores are means over {pairs['kept']} pairs of a clean and a corrupt prompt. Of "
-        f"{pairs['tried']} prompts tried, these are the ones that the model answers right: a score "
-        "is a relative change of the answer's probability, and where the model is sure of a wrong "
-        "answer, that probability is tiny and any change many times its size, so a few such "
-        "prompts would outweigh all others."
-        if pairs["answered_right_only"]
-        else f"Scores are means over {pairs['kept']} pairs of a clean and a corrupt prompt, "
-        "whether the model answers them right or not. Where it is sure of a wrong answer, the "
-        "answer's probability is tiny and any change many times its size, so a few prompts can "
-        "outweigh all others."
+        f"Scores are means over {pairs['kept']} pairs of a clean and a corrupt prompt, "
+        + (
+            f"those of {pairs['tried']} tried whose clean prompt the model answers right."
+            if pairs["answered_right_only"]
+            else "whether the model answers them right or not."
+        )
     )
-    known = '<span class="known"></span>planted' if model["planted"] else ""
     rows = []
     for group in GROUPS:
         stage = model["discovery"][group]
@@ -213,7 +219,7 @@ def _circuit_section(content: dict[str, Any], role: str) -> str:
         rows.append(
             [
                 f"{LETTERS[group]} <code>{group}</code>",
-                escape(POSITION_WORDS[stage["position"]]),
+                escape(position_words(stage["position"])),
                 "logits"
                 if stage["receivers"] is None
                 else f"{stage['receiver_input']} of {_heads(stage['receivers'])}",
@@ -227,20 +233,12 @@ def _circuit_section(content: dict[str, Any], role: str) -> str:
         for group, figure in single_heatmaps(content, role).items()
     )
     return (
-        "<p>Found back to front by path patching: each head in turn takes its value from a corrupt "
-        "prompt, and its change travels only along the path named above the map. The score is the "
-        "relative change of the right object's probability: &minus;1 takes it away altogether, 0 "
-        f"changes nothing.</p><p>{chosen_from}</p>"
-        '<p class="key soft">Red: the answer needs the head. Blue: it does better without.'
-        f'<span class="chosen"></span>chosen{known}'
-        '<span class="hatched"></span>cannot reach the receivers</p>'
+        f"<h3>{escape(model['label'])}</h3><p>{chosen_from}</p>"
         f'<div class="pair">{plots}</div>'
         + _table(
             ["group", "at", "patched into", "heads chosen, the most important first", "scores"],
             rows,
         )
-        + '<p class="soft">A head chosen in two groups at one position counts for the later stage, '
-        "so that a group can be smaller than asked for.</p>"
     )
 
 
@@ -336,8 +334,8 @@ def _attention_section(content: dict[str, Any], figures: dict[str, go.Figure]) -
                     [
                         f"{LETTERS[group]} <code>{group}</code>",
                         str(Head(*head)),
-                        escape(POSITION_WORDS.get(seen["from"], seen["from"])),
-                        escape(POSITION_WORDS.get(seen["to"][best], seen["to"][best])),
+                        escape(position_words(seen["from"])),
+                        escape(position_words(seen["to"][best])),
                         f"{weights[best]:.2f}",
                         f"{seen['common_offset'][index]}",
                         f"{seen['offset_share'][index]:.0%}",
@@ -421,8 +419,8 @@ def _paper_section(content: dict[str, Any]) -> str:
     return (
         f"<p>Published figures from {escape(CITATION)}. They are of other, far larger models, and "
         "are set here to show which quantities correspond, not to be matched. The published "
-        "circuit accuracies are all of the circuit found in Llama-7B, run inside each model; ours are "
-        "of each model's own circuit. Random circuits answered from "
+        "circuit accuracies are all of the circuit found in Llama-7B, run inside each model; ours "
+        "are of each model's own circuit. Random circuits answered from "
         f"{low:g} to {high:g} right there.</p>"
         + _table(["model", "accuracy", "of the circuit", "faithfulness", "heads A/B/C/D"], rows)
     )
@@ -469,7 +467,8 @@ def command(settings: dict[str, Any]) -> str:
 
 
 def _figure(figures: dict[str, go.Figure], name: str, caption: str) -> str:
-    return f"<figure>{figure_html(figures[name], f'figure-{name}')}<figcaption>{caption}</figcaption></figure>"
+    drawn = figure_html(figures[name], f"figure-{name}")
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:

@@ -28,6 +28,7 @@ from tl_entity.study.experiments import (
     look_at_attention,
     measure_accuracy,
     measure_faithfulness,
+    own_tokenizer,
     silent,
 )
 from tl_entity.study.figures import figures_of
@@ -158,7 +159,7 @@ def inspect(settings: Settings, name: str) -> Facts:
     """
     model = load_model(name, dtype=settings.dtype, device=settings.device)
     try:
-        pairs = discovery_pairs(model.tokenizer, 1, n_boxes=settings.boxes, seed=settings.seed)
+        pairs = discovery_pairs(own_tokenizer(model), 1, n_boxes=settings.boxes, seed=settings.seed)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     length = pairs.clean.tokens.shape[1]
@@ -183,12 +184,12 @@ def model_fingerprint(model: HookedTransformer) -> str:
     """Hash of all that makes a model compute what it does: weights, configuration, vocabulary."""
     found = hashlib.sha256()
     config = {k: str(v) for k, v in model.cfg.to_dict().items() if k != "device"}
-    vocabulary = {} if model.tokenizer is None else model.tokenizer.get_vocab()
+    vocabulary = own_tokenizer(model).get_vocab()
     found.update(fingerprint({"config": config, "vocabulary": vocabulary}).encode())
     for name, parameter in sorted(model.named_parameters()):
         found.update(name.encode())
         data = parameter.detach().cpu().contiguous().reshape(-1)
-        found.update(data.view(torch.uint8).numpy())
+        found.update(data.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
