@@ -64,7 +64,7 @@ STYLE = go.layout.Template(
         },
         "yaxis": {"gridcolor": "#eceff2", "zeroline": False, "ticks": "", "automargin": True},
         "bargap": 0.3,
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"},
     }
 )
 """The look that all figures share."""
@@ -279,8 +279,8 @@ def attention_heatmap(
     figure.update_layout(
         template=STYLE,
         title_text=title,
-        height=max(240, 150 + (24 if few else 14) * len(rows)),
-        margin={"l": 60, "r": 20, "t": 50, "b": 60},
+        height=max(220, 110 + (24 if few else 14) * len(rows)),
+        margin={"l": 60, "r": 20, "t": 50, "b": 40},
         plot_bgcolor="#f3f4f6",
     )
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=list(rows)[::-1], showgrid=False)
@@ -298,7 +298,7 @@ def figure_html(figure: go.Figure, name: str) -> str:
     # "<" can end a script element early, wherever it stands.
     content = json.dumps(figure.to_plotly_json(), cls=plotly.utils.PlotlyJSONEncoder)
     content = content.replace("<", "\\u003c")
-    height = figure.layout.height or 450
+    height = _height(figure)
     # Drawn once the page is laid out: before, a figure would take the width of ones yet to come.
     return (
         f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
@@ -328,7 +328,7 @@ class PngRenderer:
             ValueError: if plotly.js cannot draw the figure.
             OSError: if the renderer cannot be started.
         """
-        height = height or int(figure.layout.height or 450)
+        height = height or round(_height(figure))
         picture = self._scope.transform(
             figure.to_plotly_json(), format="png", width=width, height=height, scale=2
         )
@@ -341,6 +341,11 @@ class PngRenderer:
 def figure_png(figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
     """One figure as PNG; see `PngRenderer`, which is faster for several."""
     return PngRenderer()(figure, width, height)
+
+
+def _height(figure: go.Figure) -> float:
+    layout: Any = figure.layout
+    return layout.height or 450
 
 
 def _add_panel(
@@ -523,7 +528,7 @@ def _finish_bars(figure: go.Figure, title: str, axis: str) -> None:
         title_text=title,
         barmode="group",
         height=380,
-        margin={"l": 60, "r": 20, "t": 80, "b": 65},
+        margin={"l": 60, "r": 20, "t": 50, "b": 95},
         legend_traceorder="normal",
     )
     figure.update_yaxes(title_text=axis, range=[0, 1.02], tickformat=".1f", dtick=0.2)

@@ -32,6 +32,9 @@ from tl_entity.hooks.run import record
 from tl_entity.metrics import log_probability
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch
 
+ROWS_ENOUGH = 4096
+"""A matrix product with so many rows runs at full speed."""
+
 LOGITS_CHUNK_BYTES = 64 * 2**20
 """Rows are unembedded in slices whose logits take about this much memory."""
 
@@ -441,9 +444,13 @@ def _score(
 
 
 def _pairs_within(model: HookedTransformer, pairs: PairBatch, memory: int) -> int:
-    """How many pairs' caches and held rows take at most half the memory."""
+    """How many pairs' caches and held rows take at most half the memory.
+
+    No more than make the matrix products large: beyond that, only progress would be seen later.
+    """
     cfg = model.cfg
     caches = 2 * pairs.clean.tokens.shape[1] * n_kv_heads(cfg) * cfg.d_head
     rows = cfg.n_heads * cfg.d_model
     each = cfg.n_layers * (caches + 2 * rows) * (torch.finfo(cfg.dtype).bits // 8)
-    return max(1, min(64, memory // 2 // each))
+    enough = max(4, ROWS_ENOUGH // (cfg.n_layers * cfg.n_heads))
+    return max(1, min(enough, memory // 2 // each))

@@ -33,8 +33,9 @@ _NONE = '<span class="soft">none</span>'
 
 def figure_page(figure: go.Figure, name: str) -> str:
     """A page of one figure, beside plotly.min.js in the same folder."""
+    layout: Any = figure.layout
     return _page(
-        str(figure.layout.title.text or name),
+        str(layout.title.text or name),
         f'<script src="{plotly_script().name}"></script>',
         figure_html(figure, name),
     )
@@ -366,7 +367,7 @@ def _attention_section(content: dict[str, Any], figures: dict[str, go.Figure]) -
 def _planted_section(content: dict[str, Any]) -> str:
     parts = [
         "<p>The heads whose attention we guided in training, beside those that path patching "
-        "chose without being told.</p>"
+        "chose by their scores alone. How many heads a group keeps is among the settings.</p>"
     ]
     for model in content["models"].values():
         known = model["planted"]
@@ -436,7 +437,7 @@ def _settings_section(content: dict[str, Any]) -> str:
     seeds = [[escape(name), str(value)] for name, value in content["seeds"].items()]
     return (
         f"<p>To run it again:</p><pre>{escape(command(settings))}</pre>"
-        + _table(["setting", "value"], shown)
+        + f'<div class="settings">{_table(["setting", "value"], shown)}</div>'
         + _table(["software", "version"], versions)
         + "<details><summary>Seeds drawn from the one given, by purpose</summary>"
         + _table(["purpose", "seed"], seeds)

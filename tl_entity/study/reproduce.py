@@ -95,6 +95,7 @@ def reproduce(
     """
     out = Path(out)
     check_writable(out)
+    _check_device(settings.device)
     facts = {role: inspect(settings, name) for role, name in settings.models.items()}
     head_counts = [fact.n_layers * fact.n_heads for fact in facts.values()]
     sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
@@ -191,6 +192,14 @@ def model_fingerprint(model: HookedTransformer) -> str:
         data = parameter.detach().cpu().contiguous().reshape(-1)
         found.update(data.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"The device {device} can't be used: {reason}") from None
 
 
 def _labels(models: dict[str, str]) -> dict[str, str]:

@@ -1,0 +1,236 @@
+"""Ablation and accuracy against a forward written from scratch, prompt by prompt."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.independent import Forward
+from tests.random_models import random_model, random_prompts
+from tl_entity import (
+    Circuit,
+    Evaluation,
+    Faithfulness,
+    Group,
+    Head,
+    InputError,
+    PromptBatch,
+    evaluate,
+    mean_head_outputs,
+    random_circuits,
+)
+from tl_entity.methods.circuits import recall_by_group
+
+MODEL = random_model(n_layers=2, n_heads=4, n_kv_heads=2)
+PROMPTS = random_prompts(5, 7)
+KEPT = {"place": [Head(0, 1), Head(1, 3)], "last": [Head(1, 0)]}
+REMOVED = {"last": [Head(1, 0), Head(0, 2)], "early": [Head(0, 0)]}
+
+Ablated = Callable[[int, int, int, int], bool]
+"""Whether a head's output is replaced: prompt, layer, head, token."""
+
+
+def some_values() -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(2, 9, 4, 8, generator=generator, dtype=torch.float64)
+
+
+def is_at(heads: dict[str, list[Head]], row: int, layer: int, head: int, token: int) -> bool:
+    return any(
+        Head(layer, head) in at and int(PROMPTS.position(name)[row]) == token
+        for name, at in heads.items()
+    )
+
+
+def by_hand(ablated: Ablated, values: Tensor) -> Tensor:
+    """Log probabilities at the last token of each prompt."""
+    forward, rows = Forward(MODEL), []
+    for row, (tokens, mask) in enumerate(zip(PROMPTS.tokens, PROMPTS.mask, strict=True)):
+
+        def edit(layer: int, head: int, z: Tensor, row: int = row) -> Tensor:
+            z = z.clone()
+            for token in range(len(z)):
+                if ablated(row, layer, head, token):
+                    z[token] = values[layer, token, head]
+            return z
+
+        rows.append(forward.run(tokens[mask], edit_z=edit)[0][-1])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+@pytest.mark.parametrize(
+    ("how", "ablated"),
+    [
+        ({}, lambda *where: False),
+        ({"keep": {}}, lambda *where: True),
+        ({"keep": KEPT}, lambda *where: not is_at(KEPT, *where)),
+        ({"remove": REMOVED}, lambda *where: is_at(REMOVED, *where)),
+        ({"remove": {}}, lambda *where: False),
+        (
+            {"keep": KEPT, "remove": REMOVED},
+            lambda *where: is_at(REMOVED, *where) or not is_at(KEPT, *where),
+        ),
+    ],
+    ids=["whole", "keep-none", "keep", "remove", "remove-none", "both"],
+)
+def test_answers_are_those_of_the_definition(how: dict, ablated: Ablated, batch_size: int) -> None:
+    values = some_values()
+    expected = by_hand(ablated, values)
+    found = evaluate(
+        MODEL, PROMPTS, **how, mean_outputs=values if how else None, batch_size=batch_size
+    )
+    answers = expected.gather(1, PROMPTS.answers[:, None]).squeeze(1)
+    torch.testing.assert_close(found.answer_log_probability, answers, atol=1e-6, rtol=0)
+    assert torch.equal(found.predicted, expected.argmax(-1))
+    assert torch.equal(found.correct, expected.argmax(-1) == PROMPTS.answers)
+    assert found.accuracy == float((expected.argmax(-1) == PROMPTS.answers).float().mean())
+
+
+def test_right_answers_are_counted() -> None:
+    whole = evaluate(MODEL, PROMPTS)
+    answers = whole.predicted.clone()
+    answers[3] = (answers[3] + 1) % 20
+    told = PromptBatch(PROMPTS.tokens, answers, PROMPTS.positions, PROMPTS.attention_mask)
+    found = evaluate(MODEL, told)
+    assert found.correct.tolist() == [True, True, True, False, True]
+    assert found.accuracy == 0.8
+    # Wilson for 4 of 5.
+    assert found.interval == pytest.approx((0.3755, 0.9638), abs=1e-4)
+    assert "accuracy 0.800" in str(found)
+    assert "5 prompts" in str(found)
+
+
+def test_keeping_every_head_at_every_token_changes_nothing() -> None:
+    tokens = random_prompts(3, 4).tokens
+    every = {f"token {i}": torch.full((3,), i) for i in range(4)}
+    prompts = PromptBatch(
+        tokens, torch.zeros(3, dtype=torch.long), {**every, "last": every["token 3"]}
+    )
+    heads = [Head(layer, head) for layer in range(2) for head in range(4)]
+    kept = evaluate(MODEL, prompts, keep=dict.fromkeys(every, heads), mean_outputs=some_values())
+    whole = evaluate(MODEL, prompts)
+    assert torch.equal(kept.answer_log_probability, whole.answer_log_probability)
+    fewer = evaluate(
+        MODEL, prompts, keep=dict.fromkeys(list(every)[:3], heads), mean_outputs=some_values()
+    )
+    assert not torch.allclose(fewer.answer_log_probability, whole.answer_log_probability)
+
+
+def test_a_circuit_is_kept_like_its_heads_by_position() -> None:
+    circuit = Circuit((Group("a", "place", (Head(0, 1),)), Group("b", "last", (Head(1, 0),))))
+    values = some_values()
+    found = evaluate(MODEL, PROMPTS, keep=circuit, mean_outputs=values)
+    same = evaluate(MODEL, PROMPTS, keep=circuit.heads_at(), mean_outputs=values)
+    other = evaluate(MODEL, PROMPTS, keep={}, mean_outputs=values)
+    assert torch.equal(found.answer_log_probability, same.answer_log_probability)
+    assert not torch.equal(found.answer_log_probability, other.answer_log_probability)
+
+
+def test_mean_outputs_count_only_the_prompts_that_reach_a_position() -> None:
+    forward = Forward(MODEL)
+    total = torch.zeros(2, 7, 4, 8, dtype=torch.float64)
+    count = torch.zeros(7)
+    for tokens, mask in zip(PROMPTS.tokens, PROMPTS.mask, strict=True):
+        _, zs, _ = forward.run(tokens[mask])
+        count[: int(mask.sum())] += 1
+        for (layer, head), z in zs.items():
+            total[layer, : len(z), head] += z
+    assert count.tolist() != [5.0] * 7  # lengths differ
+    expected = total / count[:, None, None]
+    for batch_size in (2, 32):
+        found = mean_head_outputs(MODEL, PROMPTS, batch_size=batch_size)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_mean_outputs_take_plain_tokens_too() -> None:
+    tokens = random_prompts(3, 4).tokens
+    last = torch.full((3,), 3)
+    prompts = PromptBatch(tokens, last, {"last": last})
+    assert torch.equal(mean_head_outputs(MODEL, tokens), mean_head_outputs(MODEL, prompts))
+
+
+def test_questions_that_have_no_answer_are_refused() -> None:
+    values = some_values()
+    with pytest.raises(InputError, match="give mean_outputs"):
+        evaluate(MODEL, PROMPTS, keep={})
+    with pytest.raises(InputError, match="no head L2H0"):
+        evaluate(MODEL, PROMPTS, keep={"last": [Head(2, 0)]}, mean_outputs=values)
+    with pytest.raises(InputError, match="no head L0H4"):
+        evaluate(MODEL, PROMPTS, remove={"last": [Head(0, 4)]}, mean_outputs=values)
+    with pytest.raises(InputError, match="no position 'nowhere'"):
+        evaluate(MODEL, PROMPTS, remove={"nowhere": [Head(0, 0)]}, mean_outputs=values)
+    with pytest.raises(InputError, match="7 tokens.*only 6"):
+        evaluate(MODEL, PROMPTS, keep={}, mean_outputs=values[:, :6])
+    unanswered = PromptBatch(
+        PROMPTS.tokens, PROMPTS.answers - 30, PROMPTS.positions, PROMPTS.attention_mask
+    )
+    with pytest.raises(InputError, match="no answer"):
+        evaluate(MODEL, unanswered)
+    with pytest.raises(InputError, match="padded on the right"):
+        mean_head_outputs(MODEL, random_prompts(5, 7, left=True))
+
+
+def test_random_circuits_have_the_same_form_and_other_heads() -> None:
+    circuit = Circuit.entity_tracking(
+        value_fetcher=[(1, 0), (1, 1), (1, 2)],
+        pos_transmitter=[(0, 0), (0, 1), (0, 2), (0, 3), (1, 3)],
+        pos_detector=[(0, 0), (0, 1)],
+    )
+    drawn = random_circuits(MODEL, circuit, 30, seed=0)
+    assert len(drawn) == 30
+    for one in drawn:
+        assert one.sizes == circuit.sizes
+        assert [(g.name, g.position) for g in one] == [(g.name, g.position) for g in circuit]
+        # All eight heads of the model are needed at the last token: none twice, none left out.
+        assert sorted(one.value_fetcher + one.pos_transmitter) == [
+            Head(layer, head) for layer in range(2) for head in range(4)
+        ]
+        assert len(set(one.pos_detector)) == 2
+    assert len({one.pos_detector for one in drawn}) > 10
+    # Over many draws every head comes up about equally often: 60 draws of 8 heads.
+    often = [sum(Head(1, h) in one.pos_detector for one in drawn) for h in range(4)]
+    assert all(1 <= times <= 18 for times in often)
+    assert drawn == random_circuits(MODEL, circuit, 30, seed=0)
+    assert drawn != random_circuits(MODEL, circuit, 30, seed=1)
+
+
+def test_a_circuit_larger_than_the_model_cannot_be_drawn() -> None:
+    circuit = Circuit.entity_tracking(value_fetcher=[(layer, 0) for layer in range(9)])
+    with pytest.raises(InputError, match="9 different heads at 'last'.*has 8"):
+        random_circuits(MODEL, circuit, 1, seed=0)
+
+
+def evaluation(correct: list[int]) -> Evaluation:
+    right = torch.tensor(correct, dtype=torch.bool)
+    return Evaluation(right.long(), right, torch.zeros(len(correct)))
+
+
+def test_faithfulness_by_hand() -> None:
+    model = evaluation([1, 1, 1, 1, 0])
+    circuit = evaluation([1, 1, 0, 0, 0])
+    found = Faithfulness.of(circuit, model, seed=0)
+    assert found.value == 0.5
+    assert found.interval.low < 0.5 < found.interval.high <= 1
+    # Every resampled pair of accuracies is a ratio of whole numbers up to five.
+    assert any(
+        found.interval.high == pytest.approx(a / b) for b in range(1, 6) for a in range(b + 1)
+    )
+    assert found == Faithfulness.of(circuit, model, seed=0)
+    same = Faithfulness.of(model, model, seed=0)
+    assert (same.value, *same.interval) == (1.0, 1.0, 1.0)
+    hopeless = Faithfulness.of(circuit, evaluation([0] * 5), seed=0)
+    assert math.isnan(hopeless.value)
+    assert np.isnan(hopeless.interval).all()
+
+
+def test_found_and_missed_heads_are_told_apart_by_group() -> None:
+    known = Circuit.entity_tracking(value_fetcher=[(0, 0), (1, 1)], pos_detector=[(0, 2)])
+    found = Circuit.entity_tracking(value_fetcher=[(1, 1), (0, 2)], pos_transmitter=[(0, 0)])
+    recall = recall_by_group(found, known)
+    assert recall["value_fetcher"] == ([Head(1, 1)], [Head(0, 0)])
+    assert recall["pos_detector"] == ([], [Head(0, 2)])
+    assert recall["struct_reader"] == ([], [])

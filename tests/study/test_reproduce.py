@@ -1,0 +1,204 @@
+"""The main job on two tiny random models: what it writes, and that it can be interrupted."""
+
+import json
+from contextlib import contextmanager
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from tests.study.helpers import N_HEADS, N_LAYERS, save_tiny_model
+from tl_entity.heads import Circuit, Head
+from tl_entity.methods.circuits import evaluate
+from tl_entity.methods.path_patching import path_patch
+from tl_entity.models.load import load_model
+from tl_entity.study.figures import figures_of
+from tl_entity.study.report import command
+from tl_entity.study.reproduce import model_fingerprint, reproduce
+from tl_entity.study.settings import GROUPS, Settings
+from tl_entity.tasks.boxes import box_prompts
+from tl_entity.tasks.pairs import discovery_pairs
+
+TWO_EACH = dict.fromkeys(GROUPS, 2)
+
+
+class Watch:
+    """Counts what is worked on, and interrupts the work at one of them."""
+
+    def __init__(self, stop_at: str | None = None):
+        self.seen: list[str] = []
+        self.stop_at = stop_at
+
+    @contextmanager
+    def __call__(self, what, total):
+        self.seen.append(what)
+        if what == self.stop_at:
+            raise KeyboardInterrupt
+        runs = []
+        yield runs.append
+        assert sum(runs) == total
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> Settings:
+    folder = tmp_path_factory.mktemp("models")
+    return Settings(
+        base=str(save_tiny_model(folder / "first<b>", seed=1)),
+        tuned=str(save_tiny_model(folder / "second", seed=2)),
+        prompts=6,
+        boxes=3,
+        sizes=TWO_EACH,
+        random_circuits=2,
+        all_pairs=True,
+        seed=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(settings, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "deep" / "study"
+    watch = Watch()
+    reproduce(settings, out, progress=watch)
+    return out, watch.seen
+
+
+@pytest.fixture(scope="module")
+def results(done):
+    return json.loads((done[0] / "results.json").read_text())
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "timings.json"
+    }
+
+
+def test_after_an_interruption_finished_steps_are_skipped_and_the_bytes_are_the_same(
+    settings, done, tmp_path
+):
+    whole, all_steps = done
+    stop_at = "tuned: pos_transmitter"
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(settings, tmp_path / "out", progress=Watch(stop_at))
+    assert not (tmp_path / "out" / "results.json").exists()
+    watch = Watch()
+    reproduce(settings, tmp_path / "out", progress=watch)
+    assert watch.seen == all_steps[all_steps.index(stop_at) :]
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_accuracy_and_faithfulness_are_those_of_the_methods(settings, results):
+    model = load_model(settings.base)
+    prompts = box_prompts(model.tokenizer, 6, n_boxes=2, seed=results["seeds"]["accuracy 2"])
+    found = results["models"]["base"]["accuracy"]["2"]
+    assert (found["accuracy"], found["prompts"]) == (evaluate(model, prompts).accuracy, 6)
+    held_out = box_prompts(model.tokenizer, 6, n_boxes=3, seed=results["seeds"]["faithfulness"])
+    whole = results["models"]["base"]["faithfulness"]["model"]
+    assert whole["accuracy"] == evaluate(model, held_out).accuracy
+    assert not (held_out.tokens[:, None] == prompts_of_discovery(settings, results)).all(-1).any()
+
+
+def prompts_of_discovery(settings, results):
+    model = load_model(settings.base)
+    seed = results["seeds"]["pairs"]
+    return discovery_pairs(model.tokenizer, 6, n_boxes=3, seed=seed).clean.tokens[None]
+
+
+def test_stages_score_into_the_heads_found_before(settings, results, done):
+    model = load_model(settings.tuned)
+    record = results["models"]["tuned"]
+    pairs = discovery_pairs(model.tokenizer, 6, n_boxes=3, seed=results["seeds"]["pairs"])
+    stage = record["discovery"]["pos_transmitter"]
+    scores = path_patch(
+        model,
+        pairs,
+        position="last",
+        receivers=[Head(*head) for head in stage["receivers"]],
+        receiver_input="q",
+        engine="hooks",
+    ).scores
+    assert torch.allclose(scores, torch.tensor(stage["scores"]), atol=1e-4, rtol=1e-3)
+    first = torch.tensor(record["discovery"]["value_fetcher"]["scores"]).flatten()
+    best = [list(divmod(int(index), N_HEADS)) for index in first.argsort()[:2]]
+    assert stage["receivers"] == best
+    circuit = Circuit.load(done[0] / "tuned_circuit.json")
+    assert [list(head) for head in circuit.pos_transmitter] == record["circuit"]["pos_transmitter"]
+
+
+def test_figures_show_the_results(results):
+    figures = figures_of(results)
+    heatmaps = [t for t in figures["base_heatmaps"].data if t.name == "scores"]
+    for trace, group in zip(heatmaps, GROUPS, strict=True):
+        assert trace.z.tolist() == results["models"]["base"]["discovery"][group]["scores"]
+        assert trace.z.shape == (N_LAYERS, N_HEADS)
+    outlines = [t for t in figures["base_heatmaps"].data if t.name == "chosen"]
+    squares = sum(list(trace.x).count(None) for trace in outlines)
+    assert squares == sum(map(len, results["models"]["base"]["circuit"].values()))
+
+
+def test_a_model_beside_itself_has_the_same_circuit(settings, tmp_path):
+    twice = Settings(
+        base=settings.tuned, tuned=settings.tuned, prompts=4, boxes=2, sizes=TWO_EACH,
+        random_circuits=0, all_pairs=True,
+    )  # fmt: skip
+    results = reproduce(twice, tmp_path)
+    same, scores = results["same_circuit"], results["models"]["tuned"]["faithfulness"]
+    assert same["shared"] == same["first"] == same["second"]
+    assert scores["other_circuits"]["base"]["circuit"] == scores["circuit"]
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            elif name in ("src", "href", "srcset", "data"):
+                self.references.append(value)
+
+
+def test_the_report_needs_nothing_but_itself(done, results):
+    page = (done[0] / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert len(set(links.ids)) == len(links.ids)
+    inside = [ref for ref in links.references if ref != "data:,"]
+    assert inside and all(ref.startswith("#") and ref[1:] in links.ids for ref in inside)
+    assert "@import" not in page.split("</style>")[0]
+    drawn = {f"figure-{name}" for name in figures_of(results) if "heatmaps" not in name}
+    assert drawn | {f"figure-base-{group}" for group in GROUPS} <= set(links.ids)
+
+
+def test_names_of_models_are_escaped(done):
+    page = (done[0] / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert "first&lt;b&gt;" in page
+    # The only b elements are those of the key.
+    assert links.tags.count("b") == 2
+
+
+def test_the_command_to_run_again_gives_the_same_settings(results, settings, tmp_path):
+    from tl_entity.cli import _parser
+
+    words = command(results["settings"]).replace("'", "").split()[1:]
+    options = _parser().parse_args(words)
+    assert options.base == settings.base
+    assert options.sizes == (2, 2, 2, 2)
+    assert (options.prompts, options.boxes, options.seed) == (6, 3, 3)
+    assert options.all_pairs
+
+
+def test_the_fingerprint_knows_weights_not_places(settings, tmp_path):
+    model = load_model(settings.base)
+    same = save_tiny_model(tmp_path / "elsewhere", seed=1)
+    assert model_fingerprint(model) == model_fingerprint(load_model(same))
+    assert model_fingerprint(model) != model_fingerprint(load_model(settings.tuned))

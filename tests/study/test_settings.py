@@ -1,0 +1,45 @@
+"""Sizes where none are given, and settings that make no sense."""
+
+import pytest
+
+from tl_entity.errors import InputError
+from tl_entity.study.settings import GROUPS, Settings, resolve_sizes, stream_seed
+
+
+def sizes(n_heads, **given):
+    found, receivers = resolve_sizes(Settings(base="no planted circuit", **given), n_heads)
+    return [found[group] for group in GROUPS], [receivers[group] for group in GROUPS[:-1]]
+
+
+def test_the_papers_model_gets_the_papers_sizes():
+    assert sizes(1024) == ([40, 7, 20, 5], [20, 5, 10])
+
+
+def test_small_models_get_groups_of_two_at_least():
+    assert sizes(16) == ([2, 2, 2, 2], [2, 2, 2])
+
+
+def test_given_sizes_are_kept():
+    given = dict(zip(GROUPS, (6, 4, 3, 1), strict=True))
+    receivers = dict(zip(GROUPS[:-1], (1, 2, 3), strict=True))
+    assert sizes(16, sizes=given, receiver_sizes=receivers) == ([6, 4, 3, 1], [1, 2, 3])
+
+
+@pytest.mark.parametrize("what", ["sizes", "receiver_sizes"])
+@pytest.mark.parametrize("count", [0, 17])
+def test_sizes_that_the_model_cannot_fill_are_refused(what, count):
+    groups = GROUPS if what == "sizes" else GROUPS[:-1]
+    given = dict.fromkeys(groups, 2) | {"pos_detector": count}
+    with pytest.raises(InputError, match=f"pos_detector.* {count} heads.* 16"):
+        sizes(16, **{what: given})
+
+
+@pytest.mark.parametrize("name", ["prompts", "boxes", "batch_size", "seed"])
+def test_too_small_numbers_are_refused(name):
+    with pytest.raises(InputError, match=name.replace("_", " ")):
+        Settings(**{name: -1})
+
+
+def test_every_purpose_has_its_own_seed():
+    purposes = [("accuracy", n) for n in range(9)] + [("pairs",), ("faithfulness",)]
+    assert len({stream_seed(seed, *p) for seed in (0, 1) for p in purposes}) == 2 * len(purposes)

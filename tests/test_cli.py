@@ -1,0 +1,126 @@
+"""The command line: help without torch, and bad input as one sentence."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.study.helpers import save_tiny_model
+from tl_entity.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), seed=1)
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line that is said about these arguments."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("tl-entity: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--sizes", "4,2,1"], "'4,2,1' is not 4 positive whole numbers"),
+        (["--sizes", "4,two,1,1"], "'4,two,1,1'"),
+        (["--sizes", "4,0,1,1"], "'4,0,1,1'"),
+        (["--receiver-sizes", "1,1,1,1"], "3 positive whole numbers"),
+        (["--prompts", "many"], "'many' is not a whole number"),
+        (["--prompts", "0"], "at least 2"),
+        (["--engine", "fast"], "'fast'"),
+        (["--sizes", "13,1,1,1"], "value_fetcher can't be 13 heads: the model has 12"),
+        (["--boxes", "27"], "27 boxes need"),
+        (["--boxes", "10"], "takes prompts of 64 tokens; 10 boxes need"),
+        (["--base", "no/such/folder"], "no/such/folder"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    capsys, model, tmp_path, arguments, expected
+):
+    out = tmp_path / "out"
+    given = ["reproduce", "--base", model, "--tuned", "none", "--out", out, *arguments]
+    assert expected in refused(capsys, *given)
+    assert not out.exists()
+
+
+def test_a_missing_tuned_model_is_found_before_any_work(capsys, model, tmp_path):
+    out = tmp_path / "out"
+    line = refused(capsys, "reproduce", "--base", model, "--tuned", tmp_path / "gone", "--out", out)
+    assert "gone" in line
+    assert not out.exists()
+
+
+def test_an_output_folder_that_is_a_file(capsys, model, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("mine")
+    line = refused(capsys, "reproduce", "--base", model, "--tuned", "none", "--out", out)
+    assert "is a file" in line
+    assert out.read_text() == "mine"
+
+
+def test_a_model_that_answers_too_little_is_refused(capsys, model, tmp_path):
+    arguments = ["--prompts", "8", "--boxes", "2", "--out", tmp_path / "out"]
+    assert main(["reproduce", "--base", str(model), "--tuned", "none", *map(str, arguments)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "answers only" in last and "--all-pairs" in last
+
+
+def test_a_command_must_be_given(capsys):
+    assert "--help" in refused(capsys)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer that interrupts")
+def test_interrupted(capsys, model, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    # Far more work than a second's.
+    arguments = ["--prompts", "20000", "--all-pairs", "--out", str(tmp_path / "out")]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    try:
+        assert main(["reproduce", "--base", str(model), "--tuned", "none", *arguments]) == 130
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("tl-entity: interrupted")
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_run_says_what_it_found_and_where(capsys, model, tmp_path):
+    arguments = ["--prompts", "4", "--boxes", "2", "--random-circuits", "1", "--all-pairs"]
+    out = tmp_path / "out"
+    given = ["reproduce", "--base", str(model), "--tuned", "none", *arguments, "--out", str(out)]
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert f"report: {out / 'report.html'}" in said.out
+    assert "accuracy" in said.out and "faithfulness" in said.out
+    assert "base: struct_reader" in said.err
+    assert (out / "report.html").is_file()
+
+
+def test_help_has_examples_and_needs_no_torch():
+    code = (
+        "import sys; from tl_entity.cli import main; "
+        "assert main(['reproduce', '--help']) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "examples:" in done.stdout
+
+
+def test_run_as_a_module_says_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "tl_entity", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("tl-entity ")
