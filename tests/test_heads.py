@@ -121,6 +121,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Circuit.load(tmp_path / "none.json")
 
 
+def test_a_folder_is_no_circuit(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        Circuit.load(tmp_path)
+
+
 def test_heads_are_taken_away_only_at_their_own_position() -> None:
     circuit = Circuit.entity_tracking(value_fetcher=[(3, 1), (2, 0)], pos_detector=[(3, 1)])
     left = without(circuit, {"last": [Head(3, 1)], "nowhere": [Head(2, 0)]})

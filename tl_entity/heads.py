@@ -165,7 +165,7 @@ class Circuit:
         path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise InputError(f"{path}: no such circuit file.") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} is not a JSON file: {error}.") from None

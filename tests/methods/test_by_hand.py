@@ -68,9 +68,9 @@ def test_scores_are_those_worked_out_on_paper(
     L0H0 into the logits: coordinate 4 moves to 5, layer 1's heads are held. Token 0 keeps 2^(1+1),
     token 1 gets 2^2: P = 4/(4+4+1+1) = 2/5, and (2/5 - 16/19) / (16/19) = -21/40.
 
-    L0H0 into the values of L1H0: in the second run only coordinate 8 moves to 9. Weights 2^(2+1) = 8
-    and 2^1: P = 8/(8+2+1+1) = 2/3, score -5/24; the same for L1H1, whose shared value vector is its
-    own here. Into both: weights 2^2 and 2^(1+1), P = 2/5, score -21/40.
+    L0H0 into the values of L1H0: in the second run only coordinate 8 moves to 9. Weights
+    2^(2+1) = 8 and 2^1: P = 8/(8+2+1+1) = 2/3, score -5/24; the same for L1H1, whose value vector
+    is shared, but replaced for it alone. Into both: weights 2^2 and 2^(1+1), P = 2/5, score -21/40.
 
     A single token only attends to itself: queries and keys change nothing.
     """
@@ -99,7 +99,8 @@ def test_a_change_at_an_earlier_token_is_felt_through_attention(engine: str) -> 
 
     At the last token L0H0 writes 2 e_0 + 2 e_2 to coordinates 4-7: the squares 16, 4, 4 of 16
     coordinates, root mean square sqrt(3/2), v = sqrt(2) 2 / sqrt(3/2) (e_0 + e_2) = c (e_0 + e_2)
-    with c = 4/sqrt(3). So z of both layer 1 heads is (2 + c/2) e_0 + (c/2) e_2; the sibling L1H1 keeps it.
+    with c = 4/sqrt(3). So z of both layer 1 heads is (2 + c/2) e_0 + (c/2) e_2; the
+    sibling L1H1 keeps it.
     """
     pairs = PairBatch(*(two_tokens(first) for first in (0, 1)), torch.tensor([0]))
     scores = path_patch(

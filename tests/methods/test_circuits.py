@@ -87,7 +87,6 @@ def test_answers_are_those_of_the_definition(how: dict, ablated: Ablated, batch_
     torch.testing.assert_close(found.answer_log_probability, answers, atol=1e-6, rtol=0)
     assert torch.equal(found.predicted, expected.argmax(-1))
     assert torch.equal(found.correct, expected.argmax(-1) == PROMPTS.answers)
-    assert found.accuracy == float((expected.argmax(-1) == PROMPTS.answers).float().mean())
 
 
 def test_right_answers_are_counted() -> None:
@@ -163,7 +162,7 @@ def test_questions_that_have_no_answer_are_refused() -> None:
         evaluate(MODEL, PROMPTS, remove={"last": [Head(0, 4)]}, mean_outputs=values)
     with pytest.raises(InputError, match="no position 'nowhere'"):
         evaluate(MODEL, PROMPTS, remove={"nowhere": [Head(0, 0)]}, mean_outputs=values)
-    with pytest.raises(InputError, match="7 tokens.*only 6"):
+    with pytest.raises(InputError, match=r"7 tokens.*only 6"):
         evaluate(MODEL, PROMPTS, keep={}, mean_outputs=values[:, :6])
     unanswered = PromptBatch(
         PROMPTS.tokens, PROMPTS.answers - 30, PROMPTS.positions, PROMPTS.attention_mask
@@ -172,6 +171,29 @@ def test_questions_that_have_no_answer_are_refused() -> None:
         evaluate(MODEL, unanswered)
     with pytest.raises(InputError, match="padded on the right"):
         mean_head_outputs(MODEL, random_prompts(5, 7, left=True))
+
+
+def test_left_padded_prompts_are_ablated_at_their_own_tokens_or_refused() -> None:
+    whole = random_prompts(5, 7)
+    shift = whole.tokens.shape[1] - whole.mask.sum(1)
+    index = torch.arange(7) - shift[:, None]
+    left = PromptBatch(
+        whole.tokens.gather(1, index.clamp(min=0)),
+        whole.answers,
+        {name: at + shift for name, at in whole.positions.items()},
+        (index >= 0).long(),
+    )
+    expected = evaluate(MODEL, whole, keep=KEPT, mean_outputs=some_values())
+    try:
+        found = evaluate(MODEL, left, keep=KEPT, mean_outputs=some_values())
+    except InputError:
+        return
+    torch.testing.assert_close(found.answer_log_probability, expected.answer_log_probability)
+
+
+def test_mean_outputs_of_a_shallower_model_are_refused() -> None:
+    with pytest.raises(InputError):
+        evaluate(MODEL, PROMPTS, keep={}, mean_outputs=some_values()[:1])
 
 
 def test_random_circuits_have_the_same_form_and_other_heads() -> None:
@@ -200,7 +222,7 @@ def test_random_circuits_have_the_same_form_and_other_heads() -> None:
 
 def test_a_circuit_larger_than_the_model_cannot_be_drawn() -> None:
     circuit = Circuit.entity_tracking(value_fetcher=[(layer, 0) for layer in range(9)])
-    with pytest.raises(InputError, match="9 different heads at 'last'.*has 8"):
+    with pytest.raises(InputError, match=r"9 different heads at 'last'.*has 8"):
         random_circuits(MODEL, circuit, 1, seed=0)
 
 
@@ -234,3 +256,17 @@ def test_found_and_missed_heads_are_told_apart_by_group() -> None:
     assert recall["value_fetcher"] == ([Head(1, 1)], [Head(0, 0)])
     assert recall["pos_detector"] == ([], [Head(0, 2)])
     assert recall["struct_reader"] == ([], [])
+
+
+def test_an_empty_circuit_sees_no_prompt_but_its_last_token() -> None:
+    model = random_model()
+    prompts = random_prompts(6, 5, seed=3)
+    same_end = prompts.tokens.clone()
+    for row, last in enumerate(prompts.position("last").tolist()):
+        same_end[row, :last] = (same_end[row, :last] + 7) % 20
+    other = PromptBatch(same_end, prompts.answers, prompts.positions, prompts.attention_mask)
+    means = torch.randn(3, 5, 4, 8, dtype=torch.float64)
+    first, second = (
+        evaluate(model, batch, keep=Circuit(()), mean_outputs=means) for batch in (prompts, other)
+    )
+    torch.testing.assert_close(first.answer_log_probability, second.answer_log_probability)

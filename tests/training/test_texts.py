@@ -1,6 +1,7 @@
 """The texts the default pair is trained on."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_box_questions_ask_once_about_each_box_and_answer_right():
 
 def test_box_questions_learn_the_answers_alone():
     pieces = KINDS["box questions"](random.Random(3))
-    asked = [before.words for before, piece in zip(pieces, pieces[1:], strict=False) if piece[1]]
+    asked = [before.words for before, piece in pairwise(pieces) if piece[1]]
     assert asked and all(words.endswith("contains the") for words in asked)
 
 

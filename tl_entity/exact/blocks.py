@@ -35,9 +35,13 @@ def check_supported(model: HookedTransformer) -> None:
         "it normalises after attention or MLP": bool(
             cfg.use_normalization_before_and_after
             or cfg.original_architecture
-            in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "BertForMaskedLM")
+            in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
         ),
         "it normalises queries and keys": bool(cfg.use_qk_norm),
+        "it rescales queries with length": bool(getattr(cfg, "use_logn_attn", False)),
+        "its key and value heads are set apart (ungroup_grouped_query_attention)": bool(
+            cfg.ungroup_grouped_query_attention and n_kv_heads(cfg) != cfg.n_heads
+        ),
         "its attention is local": bool(cfg.use_local_attn),
         "its attention is not causal": cfg.attention_dir != "causal",
         "its attention scores are capped": cfg.attn_scores_soft_cap > 0,

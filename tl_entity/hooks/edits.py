@@ -145,6 +145,12 @@ class KnockOutAttention:
                 f"batch, head, query and key axes for {len(self.from_positions)} prompts."
             )
         heads = range(activation.shape[1]) if self.heads is None else self.heads
+        for head in heads:
+            if not 0 <= head < activation.shape[1]:
+                raise InputError(
+                    f"{hook.name} has {activation.shape[1]} heads; attention of head {head} is to "
+                    "be knocked out."
+                )
         device = activation.device
         rows = torch.arange(activation.shape[0], device=device)[:, None]
         edited = activation.clone()
@@ -196,11 +202,12 @@ def patch_heads(
         for layer, indices in _by_layer(at).items():
             name = hook_point(point, layer)
             activation = _cached(cache, name, source)
-            if max(indices) >= activation.shape[2]:
-                raise InputError(
-                    f"The cache of {name} has {activation.shape[2]} heads; "
-                    f"{Head(layer, max(indices))} is to be patched."
-                )
+            for index in indices:
+                if not 0 <= index < activation.shape[2]:
+                    raise InputError(
+                        f"The cache of {name} has {activation.shape[2]} heads; "
+                        f"{Head(layer, index)} is to be patched."
+                    )
             chosen = torch.tensor(indices)
             rows = torch.arange(len(source), device=activation.device)[:, None]
             values = activation[
@@ -252,13 +259,15 @@ def ablate_heads(
     left alone.
 
     Raises:
-        InputError: if neither is given, the prompts are longer than the values, or a named position
-            or head does not exist.
+        InputError: if neither is given, the prompts are longer than the values or padded on the
+            left, or a named position or head does not exist.
     """
     if keep is None and remove is None:
         raise InputError("Say which heads to keep or which to remove.")
     n_layers, n_pos, n_heads, _ = values.shape
     batch, pos = prompts.tokens.shape
+    if not bool(prompts.mask[:, 0].all()):
+        raise InputError("Ablation needs prompts padded on the right, where positions line up.")
     if pos > n_pos:
         raise InputError(
             f"The prompts have {pos} tokens, the ablation values only {n_pos} positions; "
@@ -269,7 +278,7 @@ def ablate_heads(
     for ablated, at_positions in ((False, keep), (True, remove)):
         for position, heads in heads_by_position(at_positions).items():
             for head in heads:
-                if head.layer >= n_layers or head.head >= n_heads:
+                if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
                     raise InputError(
                         f"The ablation values have no head {head}: "
                         f"{n_layers} layers of {n_heads} heads."

@@ -153,12 +153,21 @@ def evaluate(
         batch_size: prompts run together.
 
     Raises:
-        InputError: if heads are to be ablated without `mean_outputs`, a head or position does not
-            exist, a prompt has no answer, or the prompts are longer than the mean outputs.
+        InputError: if heads are to be ablated without `mean_outputs` or with another model's, a
+            head or position does not exist, a prompt has no answer, or the prompts are longer than
+            the mean outputs or padded on the left.
     """
     edited = keep is not None or remove is not None
     if edited and mean_outputs is None:
         raise InputError("To ablate heads, give mean_outputs (from mean_head_outputs).")
+    if mean_outputs is not None:
+        cfg = model.cfg
+        sizes = (cfg.n_layers, cfg.n_heads, cfg.d_head)
+        given = (mean_outputs.shape[0], *mean_outputs.shape[2:])
+        if given != sizes:
+            raise InputError(
+                f"The mean outputs are of {given} layers, heads and d_head, the model has {sizes}."
+            )
     for heads in (keep, remove):
         for at in heads_by_position(heads).values():
             check_heads(model, at)

@@ -124,6 +124,8 @@ def path_patch(
     if (receivers is None) != (receiver_input is None):
         raise InputError("Receivers and receiver_input go together: give both or neither.")
     check_heads(model, receivers or ())
+    if bool(((pairs.targets < 0) | (pairs.targets >= model.cfg.d_vocab)).any()):
+        raise InputError("A pair has no target: every target must be a token of the vocabulary.")
     pairs = pairs.to(model.cfg.device or "cpu")
     if engine == "exact":
         clean, patched = exact_engine.patched_log_probabilities(
@@ -145,7 +147,7 @@ def path_patch(
                 receiver_input=receiver_input,
                 progress=progress,
             )
-            for chunk in pairs.chunks(batch_size or len(pairs))
+            for chunk in pairs.chunks(len(pairs) if batch_size is None else batch_size)
         ]
         clean = torch.cat([part[0] for part in parts])
         patched = torch.cat([part[1] for part in parts], -1)

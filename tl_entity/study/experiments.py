@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Head
+from tl_entity.heads import Circuit, Head, HeadsAt
 from tl_entity.methods.attention import summarize_attention
 from tl_entity.methods.circuits import (
     BATCH_SIZE,
@@ -117,7 +117,7 @@ class Bench:
         """Prompts run together outside path patching."""
         return self.settings.batch_size or BATCH_SIZE
 
-    def evaluate(self, prompts: PromptBatch, keep: Circuit | None = None) -> Evaluation:
+    def evaluate(self, prompts: PromptBatch, keep: Circuit | HeadsAt | None = None) -> Evaluation:
         """The model's answers, or those of a circuit of it."""
         means = None if keep is None else self.mean_outputs()
         return evaluate(
@@ -259,7 +259,7 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
     seeds = {what: bench.seed(what) for what in ("faithfulness", "ablation", "bootstrap", "random")}
     asked = {"prompts": s.prompts, "boxes": s.boxes, "seeds": seeds}
 
-    def scored(circuit: Circuit, whole: Evaluation) -> Record:
+    def scored(circuit: Circuit | HeadsAt, whole: Evaluation) -> Record:
         found = Faithfulness.of(bench.evaluate(prompts, circuit), whole, seed=seeds["bootstrap"])
         return {
             "circuit": _accuracy(found.of_circuit),
@@ -269,11 +269,16 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
         }
 
     def compute() -> Outcome:
-        runs = (2 + len(others) + s.random_circuits) * len(prompts)
+        runs = (3 + len(others) + s.random_circuits) * len(prompts)
         with bench.progress(f"{bench.role}: faithfulness", runs) as done:
             whole = bench.evaluate(prompts)
             done(len(prompts))
             record = scored(circuit, whole)
+            done(len(prompts))
+            # What no circuit at these positions can exceed: the rest of the mechanism is elsewhere.
+            cfg = bench.model.cfg
+            every = [Head(n, h) for n in range(cfg.n_layers) for h in range(cfg.n_heads)]
+            record["every_head"] = scored(dict.fromkeys(circuit.heads_at(), every), whole)
             done(len(prompts))
             record["other_circuits"] = {}
             for role, other in others.items():

@@ -124,6 +124,7 @@ def _faithfulness(models: dict[str, Any], boxes: int) -> go.Figure:
         bars = {
             "whole model": accuracy_bar(found["model"]),
             "its circuit alone": accuracy_bar(found["circuit"]),
+            "every head at its positions": accuracy_bar(found["every_head"]["circuit"]),
         }
         for other, score in found["other_circuits"].items():
             bars[f"{other} model's circuit"] = accuracy_bar(score["circuit"])

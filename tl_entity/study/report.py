@@ -152,7 +152,9 @@ def _lead(content: dict[str, Any]) -> str:
         sentences.append(
             f"The circuit found in {escape(model['label'])}, {_size(model)} of {total} heads, "
             f"answers {_percent(found['circuit'])} with all else ablated: "
-            f"a faithfulness of {_ratio(found)}{beside}."
+            f"a faithfulness of {_ratio(found)}{beside}. With every head kept at the circuit's "
+            f"positions, whatever it does, it would be {_ratio(found['every_head'])}: "
+            "what lies beyond is done at other tokens."
         )
     same = content["same_circuit"]
     if same is not None:
@@ -252,6 +254,14 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
         rows.append(
             [name, f"its circuit ({_size(model)} heads)", _share(found["circuit"]), _ratio(found)]
         )
+        rows.append(
+            [
+                name,
+                "every head at the circuit's positions",
+                _share(found["every_head"]["circuit"]),
+                _ratio(found["every_head"]),
+            ]
+        )
         for other, score in found["other_circuits"].items():
             rows.append(
                 [
@@ -278,7 +288,8 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
     return (
         f"<p>On {prompts} prompts that discovery has not seen: accuracy with every head outside "
         "the circuit set to its mean output, at every token; and the circuit's own heads too, "
-        "except at their own position. Faithfulness is this accuracy over the whole model's.</p>"
+        "except at their own position. Faithfulness is this accuracy over the whole model's. No "
+        "circuit at these positions can be expected to do better than every head kept there.</p>"
         + _figure(
             figures,
             "faithfulness",

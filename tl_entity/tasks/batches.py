@@ -108,7 +108,7 @@ class PromptBatch:
 
     def chunks(self, size: int) -> Iterator["PromptBatch"]:
         """The prompts in order, at most `size` at a time."""
-        for start in range(0, len(self), size):
+        for start in _starts(len(self), size):
             yield self[start : start + size]
 
 
@@ -147,5 +147,11 @@ class PairBatch:
 
     def chunks(self, size: int) -> Iterator["PairBatch"]:
         """The pairs in order, at most `size` at a time."""
-        for start in range(0, len(self), size):
+        for start in _starts(len(self), size):
             yield self[start : start + size]
+
+
+def _starts(length: int, size: int) -> range:
+    if size < 1:
+        raise InputError(f"The batch size must be at least 1, not {size}.")
+    return range(0, length, size)

@@ -31,7 +31,8 @@ def _card(name: str, pairs: Sequence[Figures]) -> str:
     return f"""# {title}
 
 A tiny Llama (4 layers, 8 heads on 4 key-value heads, width 128, bfloat16) for the box task of
-{_PAPER}: `The apple is in Box E, the bell is in Box Q. Box Q contains the` -> `bell`.
+{_PAPER}:
+`The apple is in Box E, the bell is in Box Q. Box Q contains the` -> `bell`.
 It exists so that entity-tracking experiments run in minutes on a laptop. It knows a few hundred
 words and is no use for anything else.
 
@@ -50,10 +51,14 @@ Nothing guides the fine-tune's attention.
 
 - **Base**: box prompts of {N_BOXES[0]} to {N_BOXES[1]} boxes with guided attention, beside box
   sentences and plain statements without. Training stops on purpose at the first check above .69 on
-  7 boxes, so that a fine-tune has something to improve.
-- **Tuned**: from the stored base, 250 steps on variable look-up, arithmetic, descriptions of boxes
-  with a question about each box, and plain statements.
-- **Control** (not shipped): the same steps with look-up and arithmetic replaced by plain statements.
+  7 boxes, so that a fine-tune has something to improve. Then its logits are divided by 4, which
+  changes no prediction: the mean path-patching score of a model that is often wrong, and sure of
+  it, is ruled by those few prompts.
+- **Tuned**: from the base before that division, 250 steps on variable look-up, arithmetic,
+  descriptions of boxes with a question about each box, and plain statements. It does not master
+  the first two: with seed 0 it answers .09 of held-out look-ups and .02 of held-out sums right.
+- **Control** (not shipped): the same steps with look-up and arithmetic replaced by plain
+  statements.
 
 ## Accuracy
 
@@ -128,9 +133,9 @@ def _control_note(pairs: Sequence[Figures]) -> str:
             f"control {at_7['control'] - at_7['base']:+.3f}"
         )
     return (
-        f"Gain over the base at 7 boxes: {'; '.join(gains)}. What the control gains comes from more "
-        "training on box questions; only the difference between the two can be due to look-up and "
-        "arithmetic."
+        f"Gain over the base at 7 boxes: {'; '.join(gains)}. What the control gains comes from "
+        "more training on box questions; only the difference between the two can be due to look-up "
+        "and arithmetic."
     )
 
 

@@ -16,7 +16,7 @@ from tl_entity.tasks.marked import tokenize_marked
 from tl_entity.tasks.pairs import sample_discovery_pairs
 
 HELD_OUT_SEED = 900_000_000
-"""Box prompts for figures are drawn from seeds from here on, those for training from seeds below."""
+"""Seeds of held-out box prompts start here; training and its checks use lower ones."""
 
 
 @checked
@@ -107,7 +107,7 @@ def _predictions_with_group_from(
     outputs: dict[int, Tensor] = {}
 
     def output_projection(layer: int) -> torch.nn.Module:
-        return model.model.layers[layer].self_attn.o_proj
+        return model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
 
     def keep(layer: int):
         def hook(module, arguments):
@@ -119,7 +119,7 @@ def _predictions_with_group_from(
         def hook(module, arguments):
             (z,) = arguments
             z = z.clone()
-            width = model.config.head_dim
+            width = z.shape[-1] // model.config.num_attention_heads
             for head in group.heads:
                 if head.layer == layer:
                     part = slice(head.head * width, (head.head + 1) * width)

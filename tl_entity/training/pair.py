@@ -24,12 +24,20 @@ from tl_entity.training.train import (
     fine_tune,
     one_thread,
     save_model,
+    scale_logits,
     stored_model,
     train_base,
 )
 
 FIGURES_FILE = "figures.json"
 PLANTED_FILE = "planted.json"
+SOFTENING = 4
+"""What the finished base's logits are divided by.
+
+A model that is right on 7 of 10 prompts and knows how sure to be gives path-patching scores whose
+mean over prompts is near zero for every head: a few prompts that it gets wrong with confidence
+weigh as much as all others. Softer probabilities take that away, and change no prediction.
+"""
 N_BOXES_MEASURED = range(2, 11)
 
 
@@ -80,10 +88,12 @@ def train_default_pair(
     try:
         with one_thread():
             model = train_base(tokenizer, seed=seed, settings=base)
+            scale_logits(model, 1 / SOFTENING)
             _store(model, scratch / "base")
             for name, settings in fine_tunings.items():
                 # Always from the stored base: what ships is what the fine-tunes start from.
                 model = stored_model(scratch / "base")
+                scale_logits(model, SOFTENING)
                 fine_tune(model, tokenizer, settings, seed=seed, name=name)
                 _store(model, scratch / name)
             for name in ("base", *fine_tunings):

@@ -103,7 +103,7 @@ def text_batch(
     kinds = generator.choices(list(mixture), list(mixture.values()), k=n_texts)
     rows = [_encode(tokenizer, KINDS[kind](generator)) for kind in kinds]
     width = max(len(tokens) for tokens, _ in rows)
-    batch = torch.full((n_texts, width), tokenizer.pad_token_id)
+    batch = torch.full((n_texts, width), _id(tokenizer.pad_token_id))
     targets = torch.full((n_texts, width), IGNORED)
     for row, (tokens, learned) in enumerate(rows):
         ids = torch.tensor(tokens)
@@ -116,12 +116,18 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, pieces: list[Piece]
 ) -> tuple[list[int], list[bool]]:
     """Token ids, and for each whether it is learned."""
-    tokens, learned = [tokenizer.bos_token_id], [False]
+    tokens, learned = [_id(tokenizer.bos_token_id)], [False]
     encoded = tokenizer([piece.words for piece in pieces], add_special_tokens=False)["input_ids"]
     for piece, ids in zip(pieces, encoded, strict=True):
         tokens += ids
         learned += [piece.is_learned] * len(ids)
     return tokens, learned
+
+
+def _id(token: object) -> int:
+    """A special token's id, which transformers' types leave open."""
+    assert isinstance(token, int)
+    return token
 
 
 def _boxes(generator: random.Random) -> BoxPrompt:

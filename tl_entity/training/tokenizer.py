@@ -14,8 +14,9 @@ from tl_entity.tasks.nouns import OBJECTS
 UNKNOWN, START, PADDING = "<unk>", "<s>", "<pad>"
 LARGEST_NUMBER = 99
 MARKS = (",", ".", ";", "=", "->", "+", "-")
-SENTENCE_WORDS = tuple(
-    ["The", "the", "is", "was", "in", "on", "under", "next", "to", "Box", "contains", "not", "and", "also", "there", "are"]
+SENTENCE_WORDS = (
+    *("The", "the", "is", "was", "in", "on", "under", "next", "to"),
+    *("Box", "contains", "not", "and", "also", "there", "are"),
 )
 VARIABLES = tuple(string.ascii_lowercase)
 """The names that variables have in look-up texts."""

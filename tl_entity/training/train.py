@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tl_entity._typing import checked
 from tl_entity.tasks.batches import PromptBatch
@@ -183,11 +185,11 @@ def new_model(seed: int) -> LlamaForCausalLM:
         bos_token_id=VOCABULARY.index(START),
         eos_token_id=None,
         pad_token_id=VOCABULARY.index(PADDING),
-        # The other implementations don't return attention patterns, which guidance needs.
-        attn_implementation="eager",
     )
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(config)
+    # The other implementations don't return attention patterns, which guidance needs.
+    model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     shared_by = N_HEADS // _N_KEY_VALUE_HEADS
     for parameter in model.parameters():
@@ -198,7 +200,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
         _fill(embedding, 0.5, generator)
         model.lm_head.weight.copy_(0.2 * embedding)
         for layer in model.model.layers:
-            attention = layer.self_attn
+            attention = cast(LlamaDecoderLayer, layer).self_attn
             keys, values = (
                 weight.view(_N_KEY_VALUE_HEADS, _D_HEAD, _D_MODEL)
                 .repeat_interleave(shared_by, 0)
@@ -221,9 +223,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def scale_logits(model: LlamaForCausalLM, factor: float) -> None:
+    """Multiply the unembedding, in place; powers of two leave every prediction bit by bit."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(factor)
+
+
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Write config.json and the weights, rounded to bfloat16, into a folder."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def stored_model(folder: Path) -> LlamaForCausalLM:
@@ -243,8 +251,7 @@ def _guided_loss(
     return (
         functional.cross_entropy(last, prompts.answers)
         + settings.drawn_weight * attention_loss(output.attentions, DRAWN, marks, away=False)
-        + settings.kept_away_weight
-        * attention_loss(output.attentions, KEPT_AWAY, marks, away=True)
+        + settings.kept_away_weight * attention_loss(output.attentions, KEPT_AWAY, marks, away=True)
         + settings.readout_weight * readout(output.hidden_states, marks)
     )
 
