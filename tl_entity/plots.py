@@ -4,8 +4,10 @@ They take plain arrays and heads, so that results of any method, or of one's own
 Red and blue on white are told apart by colour-blind readers too; backgrounds are light.
 """
 
+import contextlib
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import plotly
 import plotly.graph_objects as go
+import psutil
 from jaxtyping import Float
 from kaleido.scopes.plotly import PlotlyScope
 from plotly.subplots import make_subplots
@@ -315,32 +318,78 @@ def plotly_script() -> Path:
     return Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
+RENDERER_SECONDS, RENDERER_ATTEMPTS = 30, 4
+"""How long the renderer may take over a figure before it is started afresh, and how often."""
+
+
 class PngRenderer:
-    """Draws figures as PNG, with no browser and no network; one process serves many figures."""
+    """Draws figures as PNG, with no browser and no network; one process serves many figures.
+
+    Used as a context manager, so that the process ends with it. Now and then that process does not
+    answer; it is then ended and started afresh.
+    """
 
     def __init__(self) -> None:
         self._scope = PlotlyScope(plotlyjs=str(plotly_script()), mathjax=False)
+
+    def __enter__(self) -> "PngRenderer":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._end()
 
     def __call__(self, figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
         """The picture, at twice the given size in pixels, for sharp print.
 
         Raises:
             ValueError: if plotly.js cannot draw the figure.
-            OSError: if the renderer cannot be started.
+            OSError: if the renderer cannot be started or does not answer.
         """
         height = height or round(_height(figure))
-        picture = self._scope.transform(
-            figure.to_plotly_json(), format="png", width=width, height=height, scale=2
-        )
-        if not isinstance(picture, bytes):
-            raise ValueError("The renderer gave no picture.")
-        return picture
+        for _ in range(RENDERER_ATTEMPTS):
+            silent = threading.Event()
+
+            def give_up(silent: threading.Event = silent) -> None:
+                silent.set()
+                self._end()
+
+            watch = threading.Timer(RENDERER_SECONDS, give_up)
+            watch.start()
+            try:
+                picture = self._scope.transform(
+                    figure.to_plotly_json(), format="png", width=width, height=height, scale=2
+                )
+            except (ValueError, OSError):
+                if not silent.is_set():
+                    raise
+                continue
+            finally:
+                watch.cancel()
+            if not isinstance(picture, bytes):
+                raise ValueError("The renderer gave no picture.")
+            return picture
+        raise OSError(f"the renderer did not answer within {RENDERER_SECONDS} seconds")
+
+    def _end(self) -> None:
+        # Its children hold the pipes open, so ending the process alone would not do.
+        process = self._scope._proc
+        if process is None or process.poll() is not None:
+            return
+        try:
+            parent = psutil.Process(process.pid)
+            family = [*parent.children(recursive=True), parent]
+        except psutil.NoSuchProcess:
+            return
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 @checked
 def figure_png(figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
     """One figure as PNG; see `PngRenderer`, which is faster for several."""
-    return PngRenderer()(figure, width, height)
+    with PngRenderer() as renderer:
+        return renderer(figure, width, height)
 
 
 def _height(figure: go.Figure) -> float:

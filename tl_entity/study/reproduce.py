@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
+from tl_entity.hooks.points import n_kv_heads
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY
 from tl_entity.plots import PngRenderer, plotly_script
@@ -173,7 +174,7 @@ def inspect(settings: Settings, name: str) -> Facts:
     architecture = {
         "n_layers": cfg.n_layers,
         "n_heads": cfg.n_heads,
-        "n_key_value_heads": cfg.n_key_value_heads or cfg.n_heads,
+        "n_key_value_heads": n_kv_heads(cfg),
         "d_head": cfg.d_head,
         "d_model": cfg.d_model,
     }
@@ -225,15 +226,17 @@ def _write(store: Store, results: Record, say: Callable[[str], object]) -> None:
     figures = figures_of(results)
     store.write(f"figures/{plotly_script().name}", plotly_script().read_bytes())
     problem = None
-    renderer = PngRenderer()
-    for name, figure in figures.items():
-        store.write(f"figures/{name}.html", figure_page(figure, name))
-        if problem is None:
-            try:
-                store.write(f"figures/{name}.png", renderer(figure))
-            except (OSError, ValueError) as error:
-                problem = f"The PNG figures could not be drawn ({error}); the HTML ones are there."
-                say(problem)
+    with PngRenderer() as renderer:
+        for name, figure in figures.items():
+            store.write(f"figures/{name}.html", figure_page(figure, name))
+            if problem is None:
+                try:
+                    store.write(f"figures/{name}.png", renderer(figure))
+                except (OSError, ValueError) as error:
+                    problem = (
+                        f"The PNG figures could not be drawn ({error}); the HTML ones are there."
+                    )
+                    say(problem)
     text = to_json(results)
     # From the text, so that the page shows exactly what the file holds.
     store.write(REPORT, render_report(text, figures, problem))

@@ -11,6 +11,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.methods.discovery import discover_circuit
 from tl_entity.models.load import load_model
+from tl_entity.models.registry import PLANTED_FILE
 from tl_entity.tasks.pairs import discovery_pairs
 from tl_entity.training.card import write_cards
 from tl_entity.training.guidance import PLANTED
@@ -30,7 +31,6 @@ from tl_entity.training.train import (
 )
 
 FIGURES_FILE = "figures.json"
-PLANTED_FILE = "planted.json"
 SOFTENING = 4
 """What the finished base's logits are divided by.
 
