@@ -17,7 +17,7 @@ test: setup-dev
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 train-default-pair: setup
 	$(BIN)/tl-entity train-default-pair --out $(OUT)/default_pair
