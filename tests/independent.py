@@ -4,7 +4,7 @@ It reads only `state_dict()` and sizes, and knows path patching by its definitio
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Forward:
         sender: tuple[int, int],
         at: int,
         corrupt_at: int,
-        receivers: list[tuple[int, int]] | None = None,
+        receivers: Collection[tuple[int, int]] | None = None,
         receiver_input: str | None = None,
     ) -> float:
         """One sender's score on one pair of unpadded prompts, step by step as defined."""

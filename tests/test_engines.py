@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.random_models import random_model, random_pairs
 from tl_entity import Head, InputError, PairBatch, path_patch
-from tl_entity.exact.path_patching import patched_log_probabilities
+from tl_entity.exact.path_patching import patched_values
 
 HEAD_INPUTS = ["q", "k", "v"]
 
@@ -70,9 +70,9 @@ def test_chunks_do_not_matter(receiver_input: str | None) -> None:
         "receivers": None if receiver_input is None else [Head(1, 1), Head(2, 2)],
         "receiver_input": receiver_input,
     }
-    _, whole = patched_log_probabilities(model, pairs, **how)
+    _, whole = patched_values(model, pairs, **how)
     for chunked in ({"batch_size": 2}, {"memory": 1}, {"batch_size": 1, "memory": 30_000}):
-        _, parts = patched_log_probabilities(model, pairs, **how, **chunked)
+        _, parts = patched_values(model, pairs, **how, **chunked)
         torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
     parts = path_patch(model, pairs, **how, engine="hooks", batch_size=2).per_example
     torch.testing.assert_close(

@@ -14,12 +14,12 @@ def test_log_probability_by_hand() -> None:
 
 
 def test_every_sender_has_its_own_logits() -> None:
-    logits = torch.randn(3, 2, 4, 7, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(2, 4, 3, 7, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([6, 0, 2])
     scores = log_probability(logits, targets)
     for row, target in enumerate(targets):
-        expected = logits[row].softmax(-1)[..., target].log()
-        torch.testing.assert_close(scores[row], expected)
+        expected = logits[:, :, row].softmax(-1)[..., target].log()
+        torch.testing.assert_close(scores[:, :, row], expected)
 
 
 def test_large_and_short_logits_do_not_overflow_or_round_away() -> None:

@@ -1,19 +1,24 @@
 """What is read off the logits at the answer position: the one definition of each score."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.tasks.batches import PairBatch
 
 
 @checked
 def log_probability(
-    logits: Float[Tensor, "batch *senders d_vocab"], targets: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch *senders"]:
+    logits: Float[Tensor, "*senders batch d_vocab"], targets: Int[Tensor, " batch"]
+) -> Float[Tensor, "*senders batch"]:
     """Natural logarithm of the target's probability, in float32 at least."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    index = targets.view(-1, *[1] * (logits.ndim - 1)).expand(*logits.shape[:-1], 1)
+    index = targets.to(logits.device)[:, None].expand(*logits.shape[:-1], 1)
     return wide.gather(-1, index).squeeze(-1) - wide.logsumexp(-1)
 
 
@@ -27,3 +32,74 @@ def relative_probability_change(
     expm1 of the difference, it stays exact where P_clean is tiny.
     """
     return torch.expm1(patched - clean)
+
+
+@checked
+def difference(
+    patched: Float[Tensor, "*senders batch"], clean: Float[Tensor, " batch"]
+) -> Float[Tensor, "*senders batch"]:
+    """Patched minus clean value of a metric."""
+    return patched - clean
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a run is scored at the answer position, and a patched run against the clean one.
+
+    A metric of one's own is a `Metric` with a function of logits; every engine takes it.
+
+    Attributes:
+        name: what it is called in results.
+        value: from logits, `[*senders batch logits]`, and the pairs to a value for each run,
+            `[*senders batch]`.
+        change: from the values of patched runs and of the clean run to scores; below zero where
+            the edit hurts.
+        tokens: the tokens whose logits `value` needs for each pair, `[batch wanted]`; without it,
+            `value` gets the logits of the whole vocabulary, which cost far more.
+    """
+
+    name: str
+    value: Callable[[Tensor, PairBatch], Tensor]
+    change: Callable[[Tensor, Tensor], Tensor] = difference
+    tokens: Callable[[PairBatch], Tensor] | None = None
+
+
+def _target_log_probability(logits: Tensor, pairs: PairBatch) -> Tensor:
+    return log_probability(logits, pairs.targets)
+
+
+def _target_and_foil(pairs: PairBatch) -> Tensor:
+    if pairs.foils is None:
+        raise InputError(
+            "A logit difference needs the token that each target is compared with: "
+            "give PairBatch its foils."
+        )
+    return torch.stack([pairs.targets, pairs.foils], -1)
+
+
+def _target_minus_foil(logits: Tensor, pairs: PairBatch) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide[..., 0] - wide[..., 1]
+
+
+def _target_only(pairs: PairBatch) -> Tensor:
+    return pairs.targets[:, None]
+
+
+def _target_logit(logits: Tensor, pairs: PairBatch) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))[..., 0]
+
+
+RELATIVE_PROBABILITY = Metric(
+    "relative probability", _target_log_probability, relative_probability_change
+)
+"""(P_patched - P_clean) / P_clean of the target (paper, §3.1)."""
+
+LOG_PROBABILITY = Metric("log probability", _target_log_probability)
+"""Change of the target's log probability, natural logarithm."""
+
+LOGIT_DIFFERENCE = Metric("logit difference", _target_minus_foil, tokens=_target_and_foil)
+"""Change of the target's logit minus its foil's. Two logits a run, not a vocabulary of them."""
+
+TARGET_LOGIT = Metric("target logit", _target_logit, tokens=_target_only)
+"""Change of the target's logit."""

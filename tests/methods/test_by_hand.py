@@ -81,7 +81,7 @@ def test_scores_are_those_worked_out_on_paper(
         receiver_input=receiver_input,
         engine=engine,
     )
-    assert scores.clean_log_probability.item() == pytest.approx(math.log(16 / 19), abs=1e-12)
+    assert scores.clean_values.item() == pytest.approx(math.log(16 / 19), abs=1e-12)
     assert scores.scores[0, 0].item() == pytest.approx(expected, abs=1e-12)
     assert scores.scores[0, 1].item() == pytest.approx(0, abs=1e-12)
     # L1H0 into the logits: coordinate 8 moves to 9, as above.

@@ -29,7 +29,7 @@ PAIRS = box_like_pairs()
 def scores_of(means: list[list[float]], receivers: tuple[Head, ...] | None = None) -> HeadScores:
     return HeadScores(
         per_example=torch.tensor(means)[..., None],
-        clean_log_probability=torch.zeros(1),
+        clean_values=torch.zeros(1),
         position="last",
         receivers=receivers,
         receiver_input=None if receivers is None else "q",
@@ -106,7 +106,7 @@ def test_ranking_is_by_the_mean_and_leaves_out_what_cannot_reach() -> None:
 def test_scores_and_intervals_are_over_the_pairs() -> None:
     scores = HeadScores(
         per_example=torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]),
-        clean_log_probability=torch.zeros(4),
+        clean_values=torch.zeros(4),
         position="last",
         receivers=None,
         receiver_input=None,

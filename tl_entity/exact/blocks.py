@@ -5,7 +5,7 @@ model itself would have computed. Only attention is written out here, because a 
 attention is what the exact engine avoids.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -68,13 +68,37 @@ def row_slices(n_rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
-def add_mlp_(model: HookedTransformer, layer: int, resid: Float[Tensor, "rows d_model"]) -> None:
-    """Add the layer's MLP output to `resid_mid` rows in place, giving `resid_post`."""
+def add_mlp(
+    model: HookedTransformer, layer: int, resid: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_model"]:
+    """`resid_post` of `resid_mid` rows. Where no gradient is wanted, the rows are changed in place
+    if their memory allows it."""
     block = model.blocks[layer]
+    if torch.is_grad_enabled():
+        return resid + block.mlp(block.ln2(resid.flatten(0, -2)[None])).view(resid.shape)
+    resid = resid.contiguous()
+    flat = resid.view(-1, resid.shape[-1])
     d_mlp = model.cfg.d_mlp or 4 * model.cfg.d_model
-    for rows in row_slices(len(resid), 4 * d_mlp * resid.element_size(), MLP_CHUNK_BYTES):
-        mid = resid[rows]
+    for rows in row_slices(len(flat), 4 * d_mlp * flat.element_size(), MLP_CHUNK_BYTES):
+        mid = flat[rows]
         mid += block.mlp(block.ln2(mid[None]))[0]
+    return resid
+
+
+def unembed(
+    model: HookedTransformer,
+    resid: Float[Tensor, "*rows d_model"],
+    tokens: Int[Tensor, "*rows wanted"] | None = None,
+) -> Float[Tensor, "*rows logits"]:
+    """Logits from the final residual stream: of the whole vocabulary, or only of some tokens."""
+    normalized = model.ln_final(resid.flatten(0, -2)[None])
+    if tokens is None:
+        return model.unembed(normalized)[0].unflatten(0, resid.shape[:-1])
+    w_u, b_u = model.unembed.W_U, model.unembed.b_U
+    wanted = tokens.flatten(0, -2).to(w_u.device)
+    columns = w_u.T[wanted]  # [rows wanted d_model]
+    logits = (columns @ normalized[0, :, :, None]).squeeze(-1) + b_u[wanted]
+    return logits.unflatten(0, resid.shape[:-1])
 
 
 def head_outputs(
@@ -128,49 +152,60 @@ def rotate(
 
 
 def attend(
-    q: Float[Tensor, "sender batch query head d_head"],
-    prefix: tuple[Float[Tensor, "batch pos kv_head d_head"], Tensor],
-    prefix_mask: Bool[Tensor, "batch pos"],
-    suffix: tuple[Float[Tensor, "sender batch suffix suffix_kv_head d_head"], Tensor],
-    causal: Bool[Tensor, "query suffix"],
+    q: Float[Tensor, "variant batch query head d_head"],
+    shared: tuple[Float[Tensor, "batch key kv_head d_head"], Tensor],
+    sees_shared: Bool[Tensor, "batch #query key"],
+    own: tuple[Float[Tensor, "variant batch own own_kv_head d_head"], Tensor],
+    sees_own: Bool[Tensor, "#batch query own"],
     scale: float,
-) -> Float[Tensor, "sender batch query head d_head"]:
-    """Attention of changed queries over shared clean keys and values and each sender's own.
+    edit_scores: Callable[[Tensor], Tensor] = lambda scores: scores,
+) -> Float[Tensor, "variant batch query head d_head"]:
+    """Attention over keys and values that all variants of a prompt share, and each variant's own.
 
-    The prefix is common to all senders of a prompt, so its scores are one large matrix product for
-    each prompt and key-value head. Either part may have fewer heads than the queries; query head h
-    reads head h // (n_heads / n_kv_heads).
+    Scores of the shared keys are one large matrix product for each prompt and key-value head.
+    Either part may have fewer heads than the queries; query head h reads head
+    h // (n_heads / n_kv_heads).
+
+    Args:
+        q: queries, after the rotary embedding.
+        shared: keys (after the rotary embedding) and values that don't change.
+        sees_shared: which of them each query may see.
+        own: keys and values that were recomputed for each variant.
+        sees_own: which of them each query may see.
+        scale: what scores are divided by.
+        edit_scores: changes the masked scores [batch head variant query key], shared keys first.
     """
-    (k_prefix, v_prefix), (k_suffix, v_suffix) = prefix, suffix
+    (k_shared, v_shared), (k_own, v_own) = shared, own
     n, b, s, h, d = q.shape
-    t, shared, own_keys, own = k_prefix.shape[1], k_prefix.shape[2], *k_suffix.shape[2:4]
+    t, n_shared, n_own_keys, n_own = *k_shared.shape[1:3], *k_own.shape[2:4]
     q = q / scale
-    # For each prompt and key-value head one matrix of queries: senders, then heads, then tokens.
-    q_shared = q.unflatten(3, (shared, h // shared)).permute(1, 3, 0, 4, 2, 5)
-    scores_shared = q_shared.reshape(b, shared, n * (h // shared) * s, d) @ k_prefix.permute(
+    # For each prompt and key-value head one matrix of queries: variants, then heads, then tokens.
+    q_shared = q.unflatten(3, (n_shared, h // n_shared)).permute(1, 3, 0, 4, 2, 5)
+    scores_shared = q_shared.reshape(b, n_shared, n * (h // n_shared) * s, d) @ k_shared.permute(
         0, 2, 3, 1
     )
-    scores_shared = scores_shared.masked_fill(~prefix_mask[:, None, None], float("-inf"))
-    q_own = q.unflatten(3, (own, h // own)).permute(1, 3, 0, 4, 2, 5)
-    scores_own = q_own.reshape(b, own, n, (h // own) * s, d) @ k_suffix.permute(1, 3, 0, 4, 2)
+    q_own = q.unflatten(3, (n_own, h // n_own)).permute(1, 3, 0, 4, 2, 5)
+    scores_own = q_own.reshape(b, n_own, n, (h // n_own) * s, d) @ k_own.permute(1, 3, 0, 4, 2)
     scores = torch.cat(
         [
-            _by_head(scores_shared.view(b, shared, n, h // shared, s, t)),
-            _by_head(scores_own.view(b, own, n, h // own, s, own_keys)).masked_fill(
-                ~causal, float("-inf")
+            _by_head(scores_shared.view(b, n_shared, n, h // n_shared, s, t)).masked_fill(
+                ~sees_shared[:, None, None], float("-inf")
+            ),
+            _by_head(scores_own.view(b, n_own, n, h // n_own, s, n_own_keys)).masked_fill(
+                ~sees_own[:, None, None], float("-inf")
             ),
         ],
         -1,
     )
-    pattern = scores.softmax(-1)  # [batch head sender query key]
-    to_shared, to_own = pattern.split([t, own_keys], -1)
-    z = to_shared.reshape(b, shared, (h // shared) * n * s, t) @ v_prefix.permute(0, 2, 1, 3)
-    to_own = to_own.unflatten(1, (own, h // own)).transpose(2, 3)
-    z_own = to_own.reshape(b, own, n, (h // own) * s, own_keys) @ v_suffix.permute(1, 3, 0, 2, 4)
-    z = z.view(b, h, n, s, d) + _by_head(z_own.view(b, own, n, h // own, s, d))
+    pattern = edit_scores(scores).softmax(-1)
+    to_shared, to_own = pattern.split([t, n_own_keys], -1)
+    z = to_shared.reshape(b, n_shared, (h // n_shared) * n * s, t) @ v_shared.permute(0, 2, 1, 3)
+    to_own = to_own.unflatten(1, (n_own, h // n_own)).transpose(2, 3)
+    z_own = to_own.reshape(b, n_own, n, (h // n_own) * s, n_own_keys) @ v_own.permute(1, 3, 0, 2, 4)
+    z = z.view(b, h, n, s, d) + _by_head(z_own.view(b, n_own, n, h // n_own, s, d))
     return z.permute(2, 0, 3, 1, 4)
 
 
 def _by_head(grouped: Tensor) -> Tensor:
-    """[batch kv_head sender group query last] as [batch head sender query last]."""
+    """[batch kv_head variant group query last] as [batch head variant query last]."""
     return grouped.transpose(2, 3).flatten(1, 2)

@@ -62,6 +62,34 @@ class ReplaceHeads:
 
 @checked
 @dataclass(frozen=True)
+class ReplaceToken:
+    """Give one token of each prompt another vector.
+
+    Works at every hook point with axes batch, pos, d_model: mlp_out, attn_out, the residual stream.
+
+    Attributes:
+        positions: the token edited in each prompt.
+        values: what it gets.
+    """
+
+    positions: Int[Tensor, " batch"]
+    values: Float[Tensor, "batch d_model"]
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        batch, d_model = self.values.shape
+        if activation.ndim != 3 or activation.shape[::2] != (batch, d_model):
+            raise InputError(
+                f"{hook.name} has shape {tuple(activation.shape)}; the edit is made for "
+                f"{batch} prompts and vectors of {d_model}."
+            )
+        edited = activation.clone()
+        rows = torch.arange(batch, device=activation.device)
+        edited[rows, self.positions.to(activation.device)] = self.values.to(activation)
+        return edited
+
+
+@checked
+@dataclass(frozen=True)
 class ReplaceWhere:
     """Give every chosen head at every chosen token another vector.
 
@@ -163,7 +191,7 @@ class KnockOutAttention:
         return edited
 
 
-Edit = ReplaceHeads | ReplaceWhere | MaskHeads | KnockOutAttention
+Edit = ReplaceHeads | ReplaceToken | ReplaceWhere | MaskHeads | KnockOutAttention
 Hook = tuple[str, Edit]
 """A hook point's full name and the edit made there."""
 

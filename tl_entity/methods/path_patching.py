@@ -1,4 +1,5 @@
-"""Path patching: how much each head matters through a chosen path (Prakash et al. 2024, §3.1)."""
+"""Path patching: how much each head or MLP matters through a chosen path (Prakash et al. 2024,
+§3.1)."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from tl_entity.errors import InputError
 from tl_entity.exact import path_patching as exact_engine
 from tl_entity.heads import Head
 from tl_entity.hooks import path_patching as hooks_engine
+from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, check_heads
-from tl_entity.metrics import relative_probability_change
+from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.stats import mean_intervals
 from tl_entity.tasks.batches import PairBatch
 
@@ -30,21 +32,25 @@ class HeadScores:
     """How much the target's probability changes when each head takes its corrupt value.
 
     Attributes:
-        per_example: relative change of the target's probability, one for each head and pair;
-            -1 takes the target away altogether, 0 changes nothing.
-        clean_log_probability: the target's log probability (natural) in the clean runs.
+        per_example: change of the metric, one for each head and pair; by default the relative
+            change of the target's probability, where -1 takes the target away altogether and 0
+            changes nothing.
+        clean_values: the metric in the clean runs; by default the target's log probability
+            (natural).
         position: named position of senders and receivers.
         receivers: heads patched into; None for the logits.
         receiver_input: which of their inputs; None for the logits.
         engine: what computed the scores.
+        metric: the metric's name.
     """
 
     per_example: Float[Tensor, "layer head batch"]
-    clean_log_probability: Float[Tensor, " batch"]
+    clean_values: Float[Tensor, " batch"]
     position: str
     receivers: tuple[Head, ...] | None
     receiver_input: HeadInput | None
     engine: Engine
+    metric: str = RELATIVE_PROBABILITY.name
 
     @property
     def scores(self) -> Float[Tensor, "layer head"]:
@@ -80,6 +86,40 @@ class HeadScores:
 
 
 @checked
+@dataclass(frozen=True)
+class MLPScores:
+    """How much the target's probability changes when each layer's MLP takes its corrupt output.
+
+    Attributes:
+        per_example: change of the metric, one for each layer and pair.
+        clean_values: the metric in the clean runs.
+        position: named position of senders and receivers.
+        receivers: heads patched into; None for the logits.
+        receiver_input: which of their inputs; None for the logits.
+        engine: what computed the scores.
+        metric: the metric's name.
+    """
+
+    per_example: Float[Tensor, "layer batch"]
+    clean_values: Float[Tensor, " batch"]
+    position: str
+    receivers: tuple[Head, ...] | None
+    receiver_input: HeadInput | None
+    engine: Engine
+    metric: str = RELATIVE_PROBABILITY.name
+
+    @property
+    def scores(self) -> Float[Tensor, " layer"]:
+        """Mean over the pairs; the lower, the more important the MLP."""
+        return self.per_example.mean(-1)
+
+    @property
+    def intervals(self) -> Float64[np.ndarray, "layer 2"]:
+        """95 % interval of each mean score."""
+        return mean_intervals(self.per_example.double().cpu().numpy())
+
+
+@checked
 def path_patch(
     model: HookedTransformer,
     pairs: PairBatch,
@@ -89,6 +129,8 @@ def path_patch(
     receiver_input: HeadInput | None = None,
     engine: Engine = "exact",
     batch_size: int | None = None,
+    metric: Metric = RELATIVE_PROBABILITY,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> HeadScores:
     """Score every head of the model as a sender (Prakash et al. 2024, §3.1).
@@ -99,7 +141,7 @@ def path_patch(
     run's logits are scored. With receivers, their q, k or v at `position` are recorded in this run;
     the clean prompt is then run again, with just those overwritten and all else recomputed, and
     scored. A head's score is the mean over pairs of (P_patched - P_clean) / P_clean of the target
-    at the last token.
+    at the last token, or of another metric's change.
 
     Under grouped-query attention, k and v receivers are query heads too: the shared vector is
     replaced for that head alone. A head at or above the highest receiver's layer scores exactly 0.
@@ -114,13 +156,98 @@ def path_patch(
         engine: "exact" (fast) or "hooks" (plain TransformerLens, one full run a sender).
         batch_size: pairs run together; all on the hooks engine and as many as memory allows on the
             exact engine if left out. Results do not depend on it beyond rounding.
+        metric: how runs are scored, from `tl_entity.metrics` or your own.
+        memory: bytes that the exact engine's intermediate results may take; found from the device
+            if left out. Results do not depend on it beyond rounding.
         progress: called with the number of runs done since the last call, where one sender on one
             pair is a run; a path patching has n_layers * n_heads * len(pairs) of them.
 
     Raises:
         InputError: if the prompts lack the position, a receiver does not exist, receivers and
-            their input do not go together, or the exact engine does not fit the model.
+            their input do not go together, the metric lacks what it needs, or the exact engine
+            does not fit the model.
     """
+    clean, patched = _run(
+        "heads",
+        model,
+        pairs,
+        position,
+        receivers,
+        receiver_input,
+        engine,
+        batch_size,
+        metric,
+        memory,
+        progress,
+    )
+    return HeadScores(
+        per_example=metric.change(patched, clean),
+        clean_values=clean,
+        position=position,
+        receivers=None if receivers is None else tuple(receivers),
+        receiver_input=receiver_input,
+        engine=engine,
+        metric=metric.name,
+    )
+
+
+@checked
+def path_patch_mlps(
+    model: HookedTransformer,
+    pairs: PairBatch,
+    *,
+    position: str = "last",
+    receivers: Sequence[Head] | None = None,
+    receiver_input: HeadInput | None = None,
+    engine: Engine = "exact",
+    batch_size: int | None = None,
+    metric: Metric = RELATIVE_PROBABILITY,
+    memory: int | None = None,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> MLPScores:
+    """Score every layer's MLP as a sender: `path_patch` with `mlp_out` at `position` in place of a
+    head's output. Every head is held at its clean value; the MLPs above are recomputed.
+
+    Arguments and errors are those of `path_patch`; a run is one layer on one pair.
+    """
+    clean, patched = _run(
+        "mlps",
+        model,
+        pairs,
+        position,
+        receivers,
+        receiver_input,
+        engine,
+        batch_size,
+        metric,
+        memory,
+        progress,
+    )
+    return MLPScores(
+        per_example=metric.change(patched, clean)[:, 0],
+        clean_values=clean,
+        position=position,
+        receivers=None if receivers is None else tuple(receivers),
+        receiver_input=receiver_input,
+        engine=engine,
+        metric=metric.name,
+    )
+
+
+def _run(
+    senders: Senders,
+    model: HookedTransformer,
+    pairs: PairBatch,
+    position: str,
+    receivers: Sequence[Head] | None,
+    receiver_input: HeadInput | None,
+    engine: Engine,
+    batch_size: int | None,
+    metric: Metric,
+    memory: int | None,
+    progress: Callable[[int], object],
+) -> tuple[Tensor, Tensor]:
+    """The metric in the clean runs and with each sender patched, by one of the engines."""
     if (receivers is None) != (receiver_input is None):
         raise InputError("Receivers and receiver_input go together: give both or neither.")
     check_heads(model, receivers or ())
@@ -128,34 +255,29 @@ def path_patch(
         raise InputError("A pair has no target: every target must be a token of the vocabulary.")
     pairs = pairs.to(model.cfg.device or "cpu")
     if engine == "exact":
-        clean, patched = exact_engine.patched_log_probabilities(
+        return exact_engine.patched_values(
             model,
             pairs,
             position=position,
+            senders=senders,
             receivers=receivers,
             receiver_input=receiver_input,
+            metric=metric,
             batch_size=batch_size,
+            memory=memory,
             progress=progress,
         )
-    else:
-        parts = [
-            hooks_engine.patched_log_probabilities(
-                model,
-                chunk,
-                position=position,
-                receivers=receivers,
-                receiver_input=receiver_input,
-                progress=progress,
-            )
-            for chunk in pairs.chunks(len(pairs) if batch_size is None else batch_size)
-        ]
-        clean = torch.cat([part[0] for part in parts])
-        patched = torch.cat([part[1] for part in parts], -1)
-    return HeadScores(
-        per_example=relative_probability_change(patched, clean),
-        clean_log_probability=clean,
-        position=position,
-        receivers=None if receivers is None else tuple(receivers),
-        receiver_input=receiver_input,
-        engine=engine,
-    )
+    parts = [
+        hooks_engine.patched_values(
+            model,
+            chunk,
+            position=position,
+            senders=senders,
+            receivers=receivers,
+            receiver_input=receiver_input,
+            metric=metric,
+            progress=progress,
+        )
+        for chunk in pairs.chunks(len(pairs) if batch_size is None else batch_size)
+    ]
+    return torch.cat([clean for clean, _ in parts]), torch.cat([found for _, found in parts], -1)

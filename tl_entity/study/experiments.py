@@ -202,7 +202,7 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit
                 found = path_patch(model, pairs, **{**how, "progress": done})
             return {}, {
                 "per_example": found.per_example,
-                "clean_log_probability": found.clean_log_probability,
+                "clean_values": found.clean_log_probability,
             }
 
         inputs = {name: value for name, value in how.items() if name != "progress"}
@@ -216,7 +216,7 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit
         receivers = how["receivers"]
         return HeadScores(
             per_example=tensors["per_example"],
-            clean_log_probability=tensors["clean_log_probability"],
+            clean_values=tensors["clean_log_probability"],
             position=how["position"],
             receivers=None if receivers is None else tuple(receivers),
             receiver_input=how["receiver_input"],

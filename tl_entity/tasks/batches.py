@@ -119,13 +119,20 @@ class PairBatch:
 
     The two prompts of a pair may differ in length: each has its own named positions.
 
+    Attributes:
+        clean: the prompts that are run and edited.
+        corrupt: the prompts that edits come from.
+        targets: the token scored on the clean run.
+        foils: the wrong token that a logit difference compares the target with.
+
     Raises:
-        InputError: if the numbers of clean and corrupt prompts differ.
+        InputError: if the numbers of clean and corrupt prompts, targets or foils differ.
     """
 
     clean: PromptBatch
     corrupt: PromptBatch
     targets: Int[Tensor, " batch"]
+    foils: Int[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.clean) == len(self.corrupt) == len(self.targets):
@@ -133,17 +140,25 @@ class PairBatch:
                 f"{len(self.clean)} clean prompts, {len(self.corrupt)} corrupt prompts and "
                 f"{len(self.targets)} targets do not make pairs."
             )
+        if self.foils is not None and len(self.foils) != len(self.targets):
+            raise InputError(f"{len(self.targets)} pairs can't have {len(self.foils)} foils.")
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def __getitem__(self, rows: slice | Tensor) -> "PairBatch":
         """Some of the pairs: a slice, or a tensor of indices or booleans."""
-        return PairBatch(self.clean[rows], self.corrupt[rows], self.targets[rows])
+        foils = None if self.foils is None else self.foils[rows]
+        return PairBatch(self.clean[rows], self.corrupt[rows], self.targets[rows], foils)
 
     def to(self, device: str | torch.device) -> "PairBatch":
         """The same pairs on another device."""
-        return PairBatch(self.clean.to(device), self.corrupt.to(device), self.targets.to(device))
+        return PairBatch(
+            clean=self.clean.to(device),
+            corrupt=self.corrupt.to(device),
+            targets=self.targets.to(device),
+            foils=None if self.foils is None else self.foils.to(device),
+        )
 
     def chunks(self, size: int) -> Iterator["PairBatch"]:
         """The pairs in order, at most `size` at a time."""
