@@ -1,5 +1,6 @@
 """Named hook points: the one place that spells their names, axes, and head to KV-head mapping."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -44,6 +45,19 @@ def hook_point(name: str, layer: int) -> str:
     if name not in _POINTS:
         raise InputError(f"{name!r} is no hook point; there are {', '.join(_POINTS)}.")
     return f"blocks.{layer}.{_POINTS[name]}"
+
+
+def point_and_layer(full_name: str) -> tuple[str, int]:
+    """The inverse of `hook_point`: `point_and_layer("blocks.3.attn.hook_z")` is `("z", 3)`.
+
+    Raises:
+        InputError: if it is not the full name of one of its points.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", full_name)
+    for name, inner in _POINTS.items():
+        if match is not None and match[2] == inner:
+            return name, int(match[1])
+    raise InputError(f"{full_name!r} is no hook point of a layer with {', '.join(_POINTS)}.")
 
 
 def n_kv_heads(cfg: Any) -> int:

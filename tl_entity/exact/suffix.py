@@ -1,0 +1,363 @@
+"""Any edits from one token on and one layer up, without a full run: the clean run is kept, and only
+what lies after the edits, in tokens and in layers, is computed again. Differentiable in the edits.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.exact.blocks import add_mlp, check_supported, head_outputs, row_slices, unembed
+from tl_entity.exact.memory import memory_budget
+from tl_entity.exact.window import (
+    ANSWER_TOKEN,
+    EVERY_TOKEN,
+    KeysAndValues,
+    Window,
+    WindowEdit,
+)
+from tl_entity.hooks.edits import (
+    KnockOutAttention,
+    MaskHeads,
+    ReplaceHeads,
+    ReplaceWhere,
+)
+from tl_entity.hooks.points import hook_point, point_and_layer
+from tl_entity.hooks.run import HookFunction, record
+from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
+
+EDITABLE = ("q", "k", "v", "attn_scores", "z")
+"""Where this engine takes edits."""
+
+LayerEdits = Mapping[str, Sequence[HookFunction]]
+"""The edits of a layer by point, in the order they are made."""
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """A run of some prompts, kept so that edits to it cost only what they change.
+
+    Made by `record`. The numbers are those of `tl_entity.hooks.run.answer_logits` under the same
+    edits, up to float rounding.
+
+    Attributes:
+        model: the model.
+        prompts: the prompts.
+        first_layer: edits may be made from this layer up.
+        start: the first token of each prompt at which edits may be made.
+        begins: layers from which recomputation can start.
+        points: recorded activations by hook point name; those in `begins` of all tokens.
+        final: the final residual stream at the answer's token.
+    """
+
+    model: HookedTransformer
+    prompts: PromptBatch
+    first_layer: int
+    start: Int[Tensor, " batch"]
+    begins: tuple[int, ...]
+    points: Mapping[str, Tensor]
+    final: Float[Tensor, "batch d_model"]
+
+    @classmethod
+    def record(
+        cls,
+        model: HookedTransformer,
+        prompts: PromptBatch,
+        *,
+        first_layer: int,
+        positions: Sequence[str],
+        begins: Collection[int] | None = None,
+    ) -> "CleanRun":
+        """Run the prompts once and keep what edits from a token and a layer on will need.
+
+        Args:
+            model: the model.
+            prompts: the prompts.
+            first_layer: the lowest layer that will be edited.
+            positions: named positions; edits may lie at the earliest of them in each prompt, and at
+                any token after it.
+            begins: the lowest edited layers of the edit lists to come, if they differ: a list
+                begins to cost at the highest of these that is not above its own.
+
+        Raises:
+            InputError: if the exact engine does not fit the model, or a position or layer does not
+                exist.
+        """
+        check_supported(model)
+        n_layers = model.cfg.n_layers
+        begins = tuple(sorted({first_layer, *(begins or ())}))
+        if not 0 <= begins[0] <= begins[-1] < n_layers:
+            raise InputError(f"Layers {begins} can't be edited: the model has {n_layers} layers.")
+        if not positions:
+            raise InputError("Name at least one position at which edits may be made.")
+        points: dict[str, str | None] = {}
+        for layer in range(begins[0], n_layers):
+            points |= {hook_point(name, layer): None for name in ("rot_k", "v")}
+        for layer in begins:
+            points |= {hook_point(name, layer): None for name in ("resid_pre", "z", "resid_mid")}
+        final = hook_point("resid_post", n_layers - 1)
+        with torch.no_grad():
+            seen = record(model, prompts, {**points, final: ANSWER_POSITION})
+        return cls(
+            model=model,
+            prompts=prompts,
+            first_layer=begins[0],
+            start=torch.stack([prompts.position(name) for name in positions]).amin(0),
+            begins=begins,
+            final=seen.pop(final),
+            points=seen,
+        )
+
+    @checked
+    def answer_logits(
+        self,
+        hooks: Sequence[tuple[str, HookFunction]] = (),
+        *,
+        tokens: Int[Tensor, "batch wanted"] | None = None,
+    ) -> Float[Tensor, "batch logits"]:
+        """Logits at each prompt's `"last"` token under these edits.
+
+        Gradients flow to what the edits are made of, such as the mask of `MaskHeads`.
+
+        Args:
+            hooks: edits at q, k, v, attn_scores or z. Edited keys and values have one entry for
+                each query head (as within `separate_kv_heads`).
+            tokens: only the logits of these tokens, a few for each prompt.
+
+        Raises:
+            InputError: if an edit lies before the recorded tokens or layers, at another hook point,
+                or is of a kind that this engine does not know.
+        """
+        return self.answer_logits_each([hooks], tokens=tokens)[0]
+
+    @checked
+    def answer_logits_each(
+        self,
+        variants: Sequence[Sequence[tuple[str, HookFunction]]],
+        *,
+        tokens: Int[Tensor, "batch wanted"] | None = None,
+        memory: int | None = None,
+    ) -> Float[Tensor, "variant batch logits"]:
+        """`answer_logits` of several lists of edits at once, as one growing batch: a list costs
+        nothing below its lowest edited layer.
+
+        Args:
+            variants: the lists of edits.
+            tokens: only the logits of these tokens, a few for each prompt.
+            memory: bytes that intermediate results may take; found from the device if left out.
+
+        Raises:
+            InputError: as `answer_logits`.
+        """
+        memory = memory_budget(self.model.cfg.device) if memory is None else memory
+        plans = [self._plan(hooks) for hooks in variants]
+        # Those that begin at the bottom first: the batch grows as layers are climbed.
+        order = sorted(range(len(plans)), key=lambda index: plans[index].begin)
+        edited = [index for index in order if plans[index].layers]
+        parts: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in edited}
+        for window in Window.each_length(self.prompts, self.start):
+            size = window.bytes_per_variant(self.model)
+            for some in row_slices(len(edited), size, memory // 2):
+                chosen = edited[some]
+                final = self._recompute(window, [plans[index] for index in chosen])
+                for row, index in enumerate(chosen):
+                    parts[index].append((window.members, final[row]))
+        resid = torch.stack(
+            [self._gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
+        )
+        wanted = None if tokens is None else tokens.expand(len(plans), -1, -1)
+        return unembed(self.model, resid, wanted)
+
+    def _gathered(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        members = torch.cat([members for members, _ in parts])
+        return torch.cat([resid for _, resid in parts])[members.argsort()]
+
+    def _plan(self, hooks: Sequence[tuple[str, HookFunction]]) -> "_Plan":
+        layers: dict[int, dict[str, list[HookFunction]]] = {}
+        for name, edit in hooks:
+            point, layer = point_and_layer(name)
+            if point not in EDITABLE:
+                raise InputError(
+                    f"The exact engine takes no edit at {name}, only at {', '.join(EDITABLE)}; "
+                    'use engine="hooks".'
+                )
+            if layer < self.first_layer:
+                raise InputError(
+                    f"An edit at {name} lies below layer {self.first_layer}, where the recorded "
+                    "run begins."
+                )
+            layers.setdefault(layer, {}).setdefault(point, []).append(edit)
+        lowest = min(layers, default=self.model.cfg.n_layers)
+        return _Plan(max((b for b in self.begins if b <= lowest), default=lowest), layers)
+
+    def _recompute(
+        self, window: Window, plans: Sequence["_Plan"]
+    ) -> Float[Tensor, "variant member d_model"]:
+        """The final residual stream at the answer's token; plans in order of where they begin."""
+        n_layers = self.model.cfg.n_layers
+        rows = None
+        for layer in range(plans[0].begin, n_layers):
+            here = [_within(plan.layers.get(layer, {}), window) for plan in plans]
+            begun = sum(plan.begin < layer for plan in plans)
+            now = sum(plan.begin <= layer for plan in plans)
+            last = layer == n_layers - 1
+            # The keys and values of other tokens still count in the last layer, nothing else.
+            touches_queries = any({"q", "attn_scores", "z"} & set(edits) for edits in here[:now])
+            queries = ANSWER_TOKEN if last and not touches_queries else EVERY_TOKEN
+            parts = []
+            if rows is not None:
+                attn_out = self._attention(window, layer, rows, here[:begun], queries)
+                parts.append(rows[:, :, queries] + attn_out)
+            if now > begun:
+                parts.append(self._first_mid(window, layer, here[begun:now], queries))
+            mid = parts[0] if len(parts) == 1 else torch.cat(parts)
+            rows = add_mlp(self.model, layer, mid[:, :, ANSWER_TOKEN] if last else mid)
+        assert rows is not None
+        return rows[:, :, -1]
+
+    def _first_mid(
+        self, window: Window, layer: int, here: Sequence[LayerEdits], queries: slice
+    ) -> Float[Tensor, "variant member query d_model"]:
+        """`resid_mid` where these edits are the first ones."""
+        model = self.model
+        if all(set(edits) <= {"z"} for edits in here):
+            # No attention to compute: what the edited heads write is all that differs.
+            z = window.clean(self._clean("z", layer))[:, queries]
+            z = z.expand(len(here), *z.shape)
+            edited = _apply("z", here, layer)(z)
+            change = head_outputs(model, layer, edited - z, list(range(model.cfg.n_heads)))
+            return window.clean(self._clean("resid_mid", layer))[:, queries] + change
+        resid = window.clean(self._clean("resid_pre", layer))
+        resid = resid.expand(len(here), *resid.shape)
+        return resid[:, :, queries] + self._attention(window, layer, resid, here, queries)
+
+    def _attention(
+        self,
+        window: Window,
+        layer: int,
+        resid_pre: Tensor,
+        here: Sequence[LayerEdits],
+        queries: slice,
+    ) -> Tensor:
+        points = {point for edits in here for point in edits}
+        return window.attention_output(
+            self.model,
+            layer,
+            resid_pre,
+            self._keys_and_values(layer),
+            edits={point: _apply(point, here, layer) for point in points},
+            queries=queries,
+        )
+
+    def _clean(self, name: str, layer: int) -> Tensor:
+        return self.points[hook_point(name, layer)]
+
+    def _keys_and_values(self, layer: int) -> KeysAndValues:
+        return self._clean("rot_k", layer), self._clean("v", layer)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A list of edits by layer and point, and the layer at which recomputation begins."""
+
+    begin: int
+    layers: Mapping[int, LayerEdits]
+
+
+def _apply(point: str, here: Sequence[LayerEdits], layer: int) -> WindowEdit:
+    """The edits of every variant at a point, as one function of all variants' activations."""
+    hook = SimpleNamespace(name=hook_point(point, layer))
+    axis = 2 if point == "attn_scores" else 0
+
+    def edit(activation: Tensor) -> Tensor:
+        edited = []
+        for variant, edits in zip(activation.unbind(axis), here, strict=True):
+            for function in edits.get(point, ()):
+                variant = function(variant, hook)
+            edited.append(variant)
+        return torch.stack(edited, axis)
+
+    return edit
+
+
+def _within(edits: LayerEdits, window: Window) -> LayerEdits:
+    return {point: [within(edit, window) for edit in some] for point, some in edits.items()}
+
+
+@singledispatch
+def within(edit: HookFunction, window: Window) -> HookFunction:
+    """The same edit for the prompts and tokens of a window, as the window counts them.
+
+    Raises:
+        InputError: if it lies outside the window, or is of an unknown kind.
+    """
+    raise InputError(
+        f'The exact engine knows no edit like {type(edit).__name__}; use engine="hooks".'
+    )
+
+
+@within.register
+def _(edit: ReplaceHeads, window: Window) -> ReplaceHeads:
+    positions = _window_positions(edit.positions, window)
+    return replace(edit, positions=positions, values=edit.values[window.members])
+
+
+@within.register
+def _(edit: MaskHeads, window: Window) -> MaskHeads:
+    positions = _window_positions(edit.positions, window)
+    return replace(edit, positions=positions, other=edit.other[window.members])
+
+
+@within.register
+def _(edit: ReplaceWhere, window: Window) -> ReplaceWhere:
+    where = _of_members(edit.where, window)
+    inside = torch.zeros(where.shape[:2], dtype=torch.bool, device=where.device)
+    inside[torch.arange(len(where), device=where.device)[:, None], window.tokens] = True
+    if bool((where & ~inside[..., None]).any()):
+        raise _outside(window)
+    rows = torch.arange(len(where), device=where.device)[:, None]
+    return ReplaceWhere(
+        where[rows, window.tokens], _of_members(edit.values, window)[rows, window.tokens]
+    )
+
+
+@within.register
+def _(edit: KnockOutAttention, window: Window) -> KnockOutAttention:
+    seen = edit.to_positions.to(window.tokens.device)[window.members]
+    ahead = window.before.shape[1]
+    # Keys before the window come first, as many as the longest prefix has.
+    own = seen - window.tokens[:, 0]
+    return replace(
+        edit,
+        from_positions=_window_positions(edit.from_positions, window),
+        to_positions=torch.where(own < 0, seen, ahead + own),
+    )
+
+
+def _window_positions(positions: Tensor, window: Window) -> Tensor:
+    shifted = positions.to(window.tokens.device)[window.members] - window.tokens[:, 0]
+    if bool((shifted < 0).any()):
+        raise _outside(window)
+    return shifted
+
+
+def _of_members(values: Tensor, window: Window) -> Tensor:
+    values = values.to(window.tokens.device)
+    if len(values) == 1:
+        return values.expand(len(window.members), *values.shape[1:])
+    return values[window.members]
+
+
+def _outside(window: Window) -> InputError:
+    return InputError(
+        f"An edit lies before token {int(window.tokens[:, 0].min())}, the first that can be "
+        "recomputed; record the run with the named position of the edit."
+    )
