@@ -173,7 +173,10 @@ def test_a_run_patched_with_itself_changes_nothing_that_counts() -> None:
             'engine="hooks"',
         ),
         (lambda z, p: [("blocks.1.attn.hook_z", lambda activation, hook: activation)], "hooks"),
-        (lambda z, p: [("blocks.1.hook_nothing", z["x"])], "no hook point"),
+        (
+            lambda z, p: [("blocks.1.hook_nothing", lambda activation, hook: activation)],
+            "no hook point",
+        ),
     ],
     ids=["token", "layer", "where", "knockout", "point", "kind", "name"],
 )

@@ -2,11 +2,10 @@
 what lies after the edits, in tokens and in layers, is computed again. Differentiable in the edits.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -146,12 +145,23 @@ class CleanRun:
         tokens: Int[Tensor, "batch wanted"] | None = None,
         memory: int | None = None,
     ) -> Float[Tensor, "variant batch logits"]:
-        """`answer_logits` of several lists of edits at once, as one growing batch: a list costs
-        nothing below its lowest edited layer.
+        """`answer_logits` of several lists of edits at once: `answer_resid_each`, unembedded."""
+        resid = self.answer_resid_each(variants, memory=memory)
+        wanted = None if tokens is None else tokens.expand(len(resid), -1, -1)
+        return unembed(self.model, resid, wanted)
+
+    @checked
+    def answer_resid_each(
+        self,
+        variants: Sequence[Sequence[tuple[str, HookFunction]]],
+        *,
+        memory: int | None = None,
+    ) -> Float[Tensor, "variant batch d_model"]:
+        """The final residual stream at each prompt's `"last"` token under several lists of edits,
+        as one growing batch: a list costs nothing below its lowest edited layer.
 
         Args:
             variants: the lists of edits.
-            tokens: only the logits of these tokens, a few for each prompt.
             memory: bytes that intermediate results may take; found from the device if left out.
 
         Raises:
@@ -170,15 +180,8 @@ class CleanRun:
                 final = self._recompute(window, [plans[index] for index in chosen])
                 for row, index in enumerate(chosen):
                     parts[index].append((window.members, final[row]))
-        resid = torch.stack(
-            [self._gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
-        )
-        wanted = None if tokens is None else tokens.expand(len(plans), -1, -1)
-        return unembed(self.model, resid, wanted)
-
-    def _gathered(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-        members = torch.cat([members for members, _ in parts])
-        return torch.cat([resid for _, resid in parts])[members.argsort()]
+        final = [_gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
+        return torch.stack(final) if final else self.final.expand(0, -1, -1)
 
     def _plan(self, hooks: Sequence[tuple[str, HookFunction]]) -> "_Plan":
         layers: dict[int, dict[str, list[HookFunction]]] = {}
@@ -270,6 +273,12 @@ class _Plan:
 
     begin: int
     layers: Mapping[int, LayerEdits]
+
+
+def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What was computed window by window, in the order of the prompts."""
+    members = torch.cat([members for members, _ in parts])
+    return torch.cat([resid for _, resid in parts])[members.argsort()]
 
 
 def _apply(point: str, here: Sequence[LayerEdits], layer: int) -> WindowEdit:

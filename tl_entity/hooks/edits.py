@@ -292,15 +292,9 @@ def ablate_heads(
     """
     if keep is None and remove is None:
         raise InputError("Say which heads to keep or which to remove.")
-    n_layers, n_pos, n_heads, _ = values.shape
+    check_ablation_values(values, prompts)
+    n_layers, _, n_heads, _ = values.shape
     batch, pos = prompts.tokens.shape
-    if not bool(prompts.mask[:, 0].all()):
-        raise InputError("Ablation needs prompts padded on the right, where positions line up.")
-    if pos > n_pos:
-        raise InputError(
-            f"The prompts have {pos} tokens, the ablation values only {n_pos} positions; "
-            "take the values from prompts of the same form."
-        )
     where = torch.full((n_layers, batch, pos, n_heads), keep is not None)
     rows = torch.arange(batch)
     for ablated, at_positions in ((False, keep), (True, remove)):
@@ -318,6 +312,25 @@ def ablate_heads(
         for layer in range(n_layers)
         if bool(where[layer].any())
     ]
+
+
+@checked
+def check_ablation_values(
+    values: Float[Tensor, "layer pos head d_head"], prompts: PromptBatch
+) -> None:
+    """Make sure that there is a value for every token of the prompts.
+
+    Raises:
+        InputError: if the prompts are longer than the values or padded on the left.
+    """
+    n_pos, length = values.shape[1], prompts.tokens.shape[1]
+    if not bool(prompts.mask[:, 0].all()):
+        raise InputError("Ablation needs prompts padded on the right, where positions line up.")
+    if length > n_pos:
+        raise InputError(
+            f"The prompts have {length} tokens, the ablation values only {n_pos} positions; "
+            "take the values from prompts of the same form."
+        )
 
 
 @checked

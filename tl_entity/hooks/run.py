@@ -1,5 +1,6 @@
 """Plain runs of a hooked model: edits that must fire, and caches of only what is asked for."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.points import FINAL_NORMALIZED
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
+
+_IN_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 HookFunction = Callable[..., Tensor | None]
 """Called as `function(activation, hook=hook)`; what it returns, if anything, replaces the
@@ -87,6 +90,8 @@ def record(
 ) -> dict[str, Tensor]:
     """Run the prompts once and return the activations at some hook points, and nothing else.
 
+    Layers above the highest point are not run.
+
     Args:
         model: the model.
         prompts: the prompts.
@@ -108,16 +113,34 @@ def record(
             activation = activation[rows, positions[at].to(activation.device)]
         cache[hook.name] = activation
 
-    answer_logits(model, prompts, [*hooks, *((name, keep) for name in points)])
+    watching = [*hooks, *((name, keep) for name in points)]
+    inside = [_IN_BLOCK.match(name) for name, _ in watching]
+    # Past the highest block that is looked at, there is nothing to see.
+    stop = max((int(match[1]) + 1 if match else model.cfg.n_layers for match in inside), default=0)
+    with must_fire(model, watching) as watched:
+        _forward(model, prompts, watched, stop_at_layer=None if None in inside else stop)
     return cache
 
 
+@checked
+def embed(model: HookedTransformer, prompts: PromptBatch) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream ahead of the first block."""
+    return _forward(model, prompts, [], stop_at_layer=0)
+
+
 def _forward(
-    model: HookedTransformer, prompts: PromptBatch, hooks: list[tuple[str, HookFunction]]
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    hooks: list[tuple[str, HookFunction]],
+    stop_at_layer: int | None = None,
 ) -> Tensor:
     # Given always: without one, TransformerLens guesses a mask from the pad token of tokenizers
     # that pad on the left.
     mask = prompts.mask.long()
     return model.run_with_hooks(
-        prompts.tokens, attention_mask=mask, fwd_hooks=[*hooks], return_type="logits"
+        prompts.tokens,
+        attention_mask=mask,
+        fwd_hooks=[*hooks],
+        return_type="logits",
+        stop_at_layer=stop_at_layer,
     )
