@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.random_models import random_model, random_pairs
-from tl_entity import Head, InputError, PairBatch, path_patch
+from tl_entity import Head, InputError, Metric, PairBatch, path_patch, path_patch_mlps
 from tl_entity.exact.path_patching import patched_values
+from tl_entity.hooks.run import answer_logits
+from tl_entity.metrics import LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT
 
 HEAD_INPUTS = ["q", "k", "v"]
 
@@ -196,3 +198,64 @@ def test_bad_questions_are_refused() -> None:
         path_patch(model, pairs, receivers=[Head(7, 0)], receiver_input="q")
     with pytest.raises(InputError, match="no position 'nowhere'"):
         path_patch(model, pairs, position="nowhere")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(cases())
+def test_engines_agree_on_mlps_as_senders(case: dict) -> None:
+    model = random_model(**case["model"])
+    pairs = random_pairs(**case["pairs"])
+    exact = path_patch_mlps(model, pairs, **case["patch"], engine="exact")
+    hooks = path_patch_mlps(model, pairs, **case["patch"], engine="hooks")
+    torch.testing.assert_close(exact.per_example, hooks.per_example, atol=1e-9, rtol=1e-9)
+    assert exact.scores.shape == (case["model"]["n_layers"],)
+
+
+def test_an_mlp_that_matters_is_seen_and_one_that_cannot_reach_scores_zero() -> None:
+    model, pairs = random_model(), random_pairs()
+    logits = path_patch_mlps(model, pairs)
+    assert (logits.per_example.abs().amax(-1) > 1e-3).all()
+    to_head = path_patch_mlps(model, pairs, receivers=[Head(1, 2)], receiver_input="q")
+    assert to_head.per_example[0].abs().max() > 1e-3
+    assert torch.equal(to_head.per_example[1:], torch.zeros_like(to_head.per_example[1:]))
+    itself = PairBatch(pairs.clean, pairs.clean, pairs.targets)
+    for engine in ("exact", "hooks"):
+        nothing = path_patch_mlps(model, itself, engine=engine)
+        assert torch.equal(nothing.per_example, torch.zeros_like(nothing.per_example))
+
+
+def with_foils(pairs: PairBatch) -> PairBatch:
+    return PairBatch(pairs.clean, pairs.corrupt, pairs.targets, foils=(pairs.targets + 3) % 20)
+
+
+def own_metric(logits: torch.Tensor, pairs: PairBatch) -> torch.Tensor:
+    return logits.max(-1).values
+
+
+@pytest.mark.parametrize("receiver_input", [None, "q", "v"])
+@pytest.mark.parametrize(
+    "metric",
+    [LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT, Metric("largest logit", own_metric)],
+    ids=lambda metric: metric.name,
+)
+def test_engines_agree_on_every_metric(metric: Metric, receiver_input: str | None) -> None:
+    model, pairs = random_model(n_kv_heads=2), with_foils(random_pairs())
+    receivers = None if receiver_input is None else [Head(1, 1), Head(2, 2)]
+    how = {"receivers": receivers, "receiver_input": receiver_input, "metric": metric}
+    exact = path_patch(model, pairs, **how, batch_size=3)
+    hooks = path_patch(model, pairs, **how, engine="hooks")
+    assert hooks.per_example.abs().max() > 1e-3
+    torch.testing.assert_close(exact.per_example, hooks.per_example, atol=1e-9, rtol=1e-9)
+    assert exact.metric == metric.name
+
+
+def test_a_logit_difference_by_hand() -> None:
+    """The clean value is that of a plain run, and a score the difference of two of them."""
+    model, pairs = random_model(), with_foils(random_pairs())
+    found = path_patch(model, pairs, metric=LOGIT_DIFFERENCE)
+    logits = answer_logits(model, pairs.clean)
+    rows = torch.arange(len(pairs))
+    expected = logits[rows, pairs.targets] - logits[rows, pairs.foils]
+    torch.testing.assert_close(found.clean_values, expected)
+    with pytest.raises(InputError, match="foils"):
+        path_patch(model, random_pairs(), metric=LOGIT_DIFFERENCE)

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from tl_entity.methods.circuits import Evaluation as Evaluation
     from tl_entity.methods.circuits import Faithfulness as Faithfulness
     from tl_entity.methods.circuits import evaluate as evaluate
+    from tl_entity.methods.circuits import evaluate_circuits as evaluate_circuits
+    from tl_entity.methods.circuits import evaluate_removals as evaluate_removals
     from tl_entity.methods.circuits import mean_head_outputs as mean_head_outputs
     from tl_entity.methods.circuits import random_circuits as random_circuits
     from tl_entity.methods.discovery import Discovery as Discovery
     from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
     from tl_entity.methods.path_patching import HeadScores as HeadScores
+    from tl_entity.methods.path_patching import MLPScores as MLPScores
     from tl_entity.methods.path_patching import path_patch as path_patch
+    from tl_entity.methods.path_patching import path_patch_mlps as path_patch_mlps
+    from tl_entity.metrics import Metric as Metric
     from tl_entity.models.load import load_model as load_model
     from tl_entity.models.load import load_tokenizer as load_tokenizer
     from tl_entity.tasks.batches import PairBatch as PairBatch
@@ -42,6 +47,8 @@ _HOME = {
     "Head": "heads",
     "HeadScores": "methods.path_patching",
     "InputError": "errors",
+    "MLPScores": "methods.path_patching",
+    "Metric": "metrics",
     "PairBatch": "tasks.batches",
     "PromptBatch": "tasks.batches",
     "Stage": "methods.discovery",
@@ -49,11 +56,14 @@ _HOME = {
     "discover_circuit": "methods.discovery",
     "discovery_pairs": "tasks.pairs",
     "evaluate": "methods.circuits",
+    "evaluate_circuits": "methods.circuits",
+    "evaluate_removals": "methods.circuits",
     "load_model": "models.load",
     "load_prompts": "tasks.boxes",
     "load_tokenizer": "models.load",
     "mean_head_outputs": "methods.circuits",
     "path_patch": "methods.path_patching",
+    "path_patch_mlps": "methods.path_patching",
     "random_circuits": "methods.circuits",
     "summarize_attention": "methods.attention",
 }

@@ -22,7 +22,7 @@ from tl_entity import (
     mean_head_outputs,
     random_circuits,
 )
-from tl_entity.methods.circuits import recall_by_group
+from tl_entity.methods.circuits import evaluate_circuits, evaluate_removals, recall_by_group
 
 MODEL = random_model(n_layers=2, n_heads=4, n_kv_heads=2)
 PROMPTS = random_prompts(5, 7)
@@ -77,11 +77,19 @@ def by_hand(ablated: Ablated, values: Tensor) -> Tensor:
     ],
     ids=["whole", "keep-none", "keep", "remove", "remove-none", "both"],
 )
-def test_answers_are_those_of_the_definition(how: dict, ablated: Ablated, batch_size: int) -> None:
+@pytest.mark.parametrize("engine", ["exact", "hooks"])
+def test_answers_are_those_of_the_definition(
+    how: dict, ablated: Ablated, batch_size: int, engine: str
+) -> None:
     values = some_values()
     expected = by_hand(ablated, values)
     found = evaluate(
-        MODEL, PROMPTS, **how, mean_outputs=values if how else None, batch_size=batch_size
+        MODEL,
+        PROMPTS,
+        **how,
+        mean_outputs=values if how else None,
+        engine=engine,
+        batch_size=batch_size,
     )
     answers = expected.gather(1, PROMPTS.answers[:, None]).squeeze(1)
     torch.testing.assert_close(found.answer_log_probability, answers, atol=1e-6, rtol=0)
@@ -103,18 +111,27 @@ def test_right_answers_are_counted() -> None:
     assert "5 prompts" in str(found)
 
 
-def test_keeping_every_head_at_every_token_changes_nothing() -> None:
+@pytest.mark.parametrize(("engine", "rounding"), [("hooks", 0), ("exact", 1e-12)])
+def test_keeping_every_head_at_every_token_changes_nothing(engine: str, rounding: float) -> None:
     tokens = random_prompts(3, 4).tokens
     every = {f"token {i}": torch.full((3,), i) for i in range(4)}
     prompts = PromptBatch(
         tokens, torch.zeros(3, dtype=torch.long), {**every, "last": every["token 3"]}
     )
     heads = [Head(layer, head) for layer in range(2) for head in range(4)]
-    kept = evaluate(MODEL, prompts, keep=dict.fromkeys(every, heads), mean_outputs=some_values())
+    kept, fewer = (
+        evaluate(
+            MODEL,
+            prompts,
+            keep=dict.fromkeys(names, heads),
+            mean_outputs=some_values(),
+            engine=engine,
+        )
+        for names in (list(every), list(every)[:3])
+    )
     whole = evaluate(MODEL, prompts)
-    assert torch.equal(kept.answer_log_probability, whole.answer_log_probability)
-    fewer = evaluate(
-        MODEL, prompts, keep=dict.fromkeys(list(every)[:3], heads), mean_outputs=some_values()
+    torch.testing.assert_close(
+        kept.answer_log_probability, whole.answer_log_probability, atol=rounding, rtol=0
     )
     assert not torch.allclose(fewer.answer_log_probability, whole.answer_log_probability)
 
@@ -127,6 +144,34 @@ def test_a_circuit_is_kept_like_its_heads_by_position() -> None:
     other = evaluate(MODEL, PROMPTS, keep={}, mean_outputs=values)
     assert torch.equal(found.answer_log_probability, same.answer_log_probability)
     assert not torch.equal(found.answer_log_probability, other.answer_log_probability)
+
+
+@pytest.mark.parametrize("several", [evaluate_circuits, evaluate_removals])
+@pytest.mark.parametrize("engine", ["exact", "hooks"])
+def test_many_at_once_are_each_one_alone(several: Callable, engine: str) -> None:
+    values = some_values()
+    circuits = [KEPT, {}, REMOVED, {"last": [Head(1, 3)]}]
+    done = []
+    found = several(
+        MODEL,
+        PROMPTS,
+        circuits,
+        mean_outputs=values,
+        engine=engine,
+        batch_size=2,
+        progress=done.append,
+    )
+    what = "keep" if several is evaluate_circuits else "remove"
+    for evaluation, circuit in zip(found, circuits, strict=True):
+        alone = evaluate(
+            MODEL, PROMPTS, **{what: circuit}, mean_outputs=values, engine="hooks", batch_size=5
+        )
+        torch.testing.assert_close(
+            evaluation.answer_log_probability, alone.answer_log_probability, atol=1e-10, rtol=0
+        )
+        assert torch.equal(evaluation.predicted, alone.predicted)
+    assert sum(done) == len(circuits) * len(PROMPTS)
+    assert several(MODEL, PROMPTS, [], mean_outputs=values, engine=engine) == []
 
 
 def test_mean_outputs_count_only_the_prompts_that_reach_a_position() -> None:

@@ -121,7 +121,12 @@ class Bench:
         """The model's answers, or those of a circuit of it."""
         means = None if keep is None else self.mean_outputs()
         return evaluate(
-            self.model, prompts, keep=keep, mean_outputs=means, batch_size=self.batch_size
+            self.model,
+            prompts,
+            keep=keep,
+            mean_outputs=means,
+            engine=self.settings.engine,
+            batch_size=self.batch_size,
         )
 
 
