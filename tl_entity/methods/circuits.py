@@ -1,6 +1,6 @@
 """Is a circuit enough? Ablation, accuracy, faithfulness, random control (paper, §3.3)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
+from tl_entity.ranks import shared_out
 from tl_entity.stats import Interval, bootstrap_ratio_interval, wilson_interval
 from tl_entity.tasks.batches import PromptBatch
 
@@ -186,8 +187,12 @@ def evaluate(
             batch_size=batch_size,
         )[0]
     _check_evaluation(model, prompts, [], mean_outputs)
-    prompts = prompts.to(model.cfg.device or "cpu")
-    return joined([judge(answer_logits(model, c), c) for c in prompts.chunks(batch_size)])
+    return evaluate_each(
+        prompts.to(model.cfg.device or "cpu"),
+        1,
+        lambda chunk: [answer_logits(model, chunk)],
+        batch_size=batch_size,
+    )[0]
 
 
 @checked
@@ -221,21 +226,19 @@ def evaluate_circuits(
         InputError: as `evaluate`.
     """
     values = _check_evaluation(model, prompts, circuits, mean_outputs, edited=True)
-    prompts = prompts.to(model.cfg.device or "cpu")
-    found: list[list[Evaluation]] = [[] for _ in circuits]
-    for chunk in prompts.chunks(batch_size):
+
+    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
         if engine == "exact":
             resid = AblatedRun.record(model, chunk, values).answer_resid_each(circuits)
-            each = (unembed(model, final) for final in resid)
-        else:
-            each = (
-                answer_logits(model, chunk, ablate_heads(values, chunk, keep=circuit))
-                for circuit in circuits
-            )
-        for evaluations, logits in zip(found, each, strict=True):
-            evaluations.append(judge(logits, chunk))
-            progress(len(chunk))
-    return [joined(evaluations) for evaluations in found]
+            return (unembed(model, final) for final in resid)
+        return (
+            answer_logits(model, chunk, ablate_heads(values, chunk, keep=circuit))
+            for circuit in circuits
+        )
+
+    return evaluate_each(
+        prompts.to(model.cfg.device or "cpu"), len(circuits), logits_of, batch_size, progress
+    )
 
 
 @checked
@@ -259,25 +262,62 @@ def evaluate_removals(
     kept.
     """
     values = _check_evaluation(model, prompts, removed, mean_outputs, edited=True)
-    prompts = prompts.to(model.cfg.device or "cpu")
-    found: list[list[Evaluation]] = [[] for _ in removed]
     by_position = [heads_by_position(heads) for heads in removed]
     positions = [name for at in by_position for name, heads in at.items() if heads]
     heads_of = [[head for some in at.values() for head in some] for at in by_position]
     lowest = [min(head.layer for head in heads) for heads in heads_of if heads]
-    for chunk in prompts.chunks(batch_size):
+
+    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
         hooks = [ablate_heads(values, chunk, remove=heads) for heads in removed]
         if engine == "exact" and positions:
             run = CleanRun.record(
                 model, chunk, first_layer=min(lowest), positions=positions, begins=lowest
             )
-            each = (unembed(model, final) for final in run.answer_resid_each(hooks))
-        else:
-            each = (answer_logits(model, chunk, some) for some in hooks)
-        for evaluations, logits in zip(found, each, strict=True):
-            evaluations.append(judge(logits, chunk))
-            progress(len(chunk))
-    return [joined(evaluations) for evaluations in found]
+            return (unembed(model, final) for final in run.answer_resid_each(hooks))
+        return (answer_logits(model, chunk, some) for some in hooks)
+
+    return evaluate_each(
+        prompts.to(model.cfg.device or "cpu"), len(removed), logits_of, batch_size, progress
+    )
+
+
+def evaluate_each(
+    prompts: PromptBatch,
+    n_edits: int,
+    logits_of: Callable[[PromptBatch], Iterable[Tensor]],
+    batch_size: int,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> list[Evaluation]:
+    """The answers to the prompts under each of several edits; processes share the prompts.
+
+    Args:
+        prompts: the prompts, on the model's device.
+        n_edits: how many edits there are.
+        logits_of: gives, for some of the prompts, the logits at `"last"` under each edit in turn.
+        batch_size: prompts run together.
+        progress: called with the number of runs done since the last call, where one edit on one
+            prompt is a run.
+    """
+    if n_edits == 0:
+        return []
+
+    def compute(mine: PromptBatch) -> tuple[Tensor, Tensor]:
+        chosen, scores = [], []
+        for chunk in mine.chunks(batch_size):
+            each = []
+            for logits in logits_of(chunk):
+                each.append((logits.argmax(-1), log_probability(logits, chunk.answers)))
+                progress(len(chunk))
+            chosen.append(torch.stack([predicted for predicted, _ in each]))
+            scores.append(torch.stack([score for _, score in each]))
+        return torch.cat(chosen, -1), torch.cat(scores, -1)
+
+    chosen, scores = shared_out(prompts, compute)
+    chosen = chosen.to(prompts.answers.device)
+    return [
+        Evaluation(predicted, predicted == prompts.answers, score)
+        for predicted, score in zip(chosen, scores, strict=True)
+    ]
 
 
 @checked
@@ -286,15 +326,6 @@ def judge(logits: Float[Tensor, "batch d_vocab"], prompts: PromptBatch) -> Evalu
     predicted = logits.argmax(-1).to(prompts.answers.device)
     return Evaluation(
         predicted, predicted == prompts.answers, log_probability(logits, prompts.answers)
-    )
-
-
-def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of parts of some prompts, as one of all."""
-    return Evaluation(
-        torch.cat([part.predicted for part in evaluations]),
-        torch.cat([part.correct for part in evaluations]),
-        torch.cat([part.answer_log_probability for part in evaluations]),
     )
 
 

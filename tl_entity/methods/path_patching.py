@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tl_entity.hooks import path_patching as hooks_engine
 from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, check_heads
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
+from tl_entity.ranks import shared_out
 from tl_entity.stats import mean_intervals
 from tl_entity.tasks.batches import PairBatch
 
@@ -253,31 +254,25 @@ def _run(
     check_heads(model, receivers or ())
     if bool(((pairs.targets < 0) | (pairs.targets >= model.cfg.d_vocab)).any()):
         raise InputError("A pair has no target: every target must be a token of the vocabulary.")
-    pairs = pairs.to(model.cfg.device or "cpu")
-    if engine == "exact":
-        return exact_engine.patched_values(
-            model,
-            pairs,
-            position=position,
-            senders=senders,
-            receivers=receivers,
-            receiver_input=receiver_input,
-            metric=metric,
-            batch_size=batch_size,
-            memory=memory,
-            progress=progress,
-        )
-    parts = [
-        hooks_engine.patched_values(
-            model,
-            chunk,
-            position=position,
-            senders=senders,
-            receivers=receivers,
-            receiver_input=receiver_input,
-            metric=metric,
-            progress=progress,
-        )
-        for chunk in pairs.chunks(len(pairs) if batch_size is None else batch_size)
-    ]
-    return torch.cat([clean for clean, _ in parts]), torch.cat([found for _, found in parts], -1)
+    how: dict[str, Any] = {
+        "position": position,
+        "senders": senders,
+        "receivers": receivers,
+        "receiver_input": receiver_input,
+        "metric": metric,
+        "progress": progress,
+    }
+
+    def compute(mine: PairBatch) -> tuple[Tensor, ...]:
+        if engine == "exact":
+            return exact_engine.patched_values(
+                model, mine, **how, batch_size=batch_size, memory=memory
+            )
+        parts = [
+            hooks_engine.patched_values(model, chunk, **how)
+            for chunk in mine.chunks(len(mine) if batch_size is None else batch_size)
+        ]
+        return torch.cat([clean for clean, _ in parts]), torch.cat([p for _, p in parts], -1)
+
+    clean, patched = shared_out(pairs.to(model.cfg.device or "cpu"), compute)
+    return clean, patched

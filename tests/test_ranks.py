@@ -1,0 +1,100 @@
+"""Two processes give what one gives."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.random_models import random_model, random_pairs
+from tl_entity import Head, InputError, evaluate, evaluate_circuits, path_patch
+from tl_entity.ranks import from_first, is_first, n_ranks, process_group, shared_out
+
+CIRCUITS = [{"place": [Head(1, 2)], "last": [Head(2, 0)]}, {"last": [Head(0, 1)]}]
+
+
+def results(n_pairs: int) -> dict[str, torch.Tensor]:
+    """A bit of everything whose prompts are shared out."""
+    model = random_model(n_kv_heads=2)
+    pairs = random_pairs(n_pairs)
+    values = torch.zeros(3, 9, 4, 8, dtype=torch.float64)
+    found = {}
+    for engine in ("exact", "hooks"):
+        how = {"receivers": [Head(2, 1)], "receiver_input": "q", "engine": engine}
+        scores = path_patch(model, pairs, **how)
+        found[f"{engine} scores"] = scores.per_example
+        found[f"{engine} clean"] = scores.clean_values
+        circuits = evaluate_circuits(
+            model, pairs.clean, CIRCUITS, mean_outputs=values, engine=engine
+        )
+        for index, evaluation in enumerate(circuits):
+            found[f"{engine} circuit {index}"] = evaluation.answer_log_probability
+            found[f"{engine} answers {index}"] = evaluation.predicted
+    found["correct"] = evaluate(model, pairs.clean).correct
+    return found
+
+
+def in_each_process(folder: Path) -> None:
+    """What `torchrun` starts below."""
+    torch.set_num_threads(1)
+    with process_group():
+        found = {f"{name} of {n}": tensor for n in (5, 1) for name, tensor in results(n).items()}
+        found["ranks"] = torch.tensor(n_ranks())
+        found["first"] = torch.tensor(is_first())
+        found["drawn"] = torch.tensor(from_first(lambda: os.getpid()))
+        try:
+            from_first(lambda: refuse())
+        except InputError as error:
+            found["refused"] = torch.tensor("in the first" in str(error))
+        torch.save(found, folder / f"{os.environ['RANK']}.pt")
+
+
+def refuse() -> None:
+    raise InputError("No such thing in the first process.")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    code = (
+        "from pathlib import Path; from tests.test_ranks import in_each_process; "
+        f"in_each_process(Path({str(folder)!r}))"
+    )
+    script = folder / "run.py"
+    script.write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    root = str(Path(__file__).parent.parent)
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [*launcher, "--nproc-per-node", "2", str(script)],
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_every_process_has_the_results_of_one(ranks: list[dict[str, torch.Tensor]]) -> None:
+    for n in (5, 1):
+        for name, expected in results(n).items():
+            for rank in ranks:
+                found = rank[f"{name} of {n}"]
+                assert found.dtype == expected.dtype
+                torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12, msg=name)
+
+
+def test_the_first_process_decides(ranks: list[dict[str, torch.Tensor]]) -> None:
+    assert [rank["ranks"].item() for rank in ranks] == [2, 2]
+    assert [rank["first"].item() for rank in ranks] == [True, False]
+    assert ranks[0]["drawn"] == ranks[1]["drawn"]
+    assert all(rank["refused"].item() for rank in ranks)
+
+
+def test_alone_nothing_is_shared() -> None:
+    with process_group():
+        assert n_ranks() == 1
+        assert is_first()
+        assert from_first(lambda: 3) == 3
+    assert shared_out([1, 2], lambda rows: (torch.tensor(rows),))[0].tolist() == [1, 2]
