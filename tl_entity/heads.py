@@ -140,8 +140,8 @@ class Circuit:
             together[group.position] = together.get(group.position, ()) + group.heads
         return together
 
-    def save(self, path: str | Path) -> None:
-        """Write the circuit as JSON: `{"value_fetcher": [[layer, head], ...], ...}`.
+    def to_json(self) -> str:
+        """The circuit as JSON: `{"value_fetcher": [[layer, head], ...], ...}`.
 
         A group that is not one of the paper's is written with its position:
         `{"name": {"position": "last", "heads": [[layer, head], ...]}}`.
@@ -153,7 +153,11 @@ class Circuit:
             content[group.name] = (
                 heads if is_papers else {"position": group.position, "heads": heads}
             )
-        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        return json.dumps(content) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the circuit to a JSON file, as `to_json` gives it."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":

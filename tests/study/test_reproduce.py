@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -12,6 +13,7 @@ from tl_entity.heads import Circuit, Head
 from tl_entity.methods.circuits import evaluate
 from tl_entity.methods.path_patching import path_patch
 from tl_entity.models.load import load_model
+from tl_entity.study import experiments
 from tl_entity.study.figures import figures_of
 from tl_entity.study.report import command
 from tl_entity.study.reproduce import model_fingerprint, reproduce
@@ -87,6 +89,34 @@ def test_after_an_interruption_finished_steps_are_skipped_and_the_bytes_are_the_
     reproduce(settings, tmp_path / "out", progress=watch)
     assert watch.seen == all_steps[all_steps.index(stop_at) :]
     assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_long_stage_is_kept_in_parts(settings, done, tmp_path, monkeypatch):
+    """Interrupted within a stage, its finished parts are not done again."""
+    whole = json.loads((done[0] / "results.json").read_text())["models"]["base"]["discovery"]
+    monkeypatch.setattr(experiments, "PAIRS_KEPT", 4)
+    monkeypatch.setattr(experiments, "HEAD_PAIRS_KEPT", 1)
+    alone = replace(settings, tuned=None)
+    calls = []
+
+    @contextmanager
+    def stop_in_second_part(what, total):
+        def count(runs):
+            calls.append((what, runs))
+            if len([n for name, n in calls if name == "base: pos_transmitter" and n]) == 2:
+                raise KeyboardInterrupt
+
+        yield count
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(alone, tmp_path, progress=stop_in_second_part)
+    parts = sorted(path.name for path in (tmp_path / "steps").glob("*pos_transmitter*.json"))
+    assert parts == ["base_scores_pos_transmitter_part1.json"]
+    finished = (tmp_path / "steps" / parts[0]).stat().st_mtime_ns
+    found = reproduce(alone, tmp_path, progress=Watch())["models"]["base"]["discovery"]
+    assert (tmp_path / "steps" / parts[0]).stat().st_mtime_ns == finished
+    for group, stage in found.items():
+        assert stage["scores"] == [pytest.approx(row, abs=1e-5) for row in whole[group]["scores"]]
 
 
 def test_accuracy_and_faithfulness_are_those_of_the_methods(settings, results):

@@ -1,7 +1,7 @@
 """The experiments of the main job: each a small step from a model to a record and its tensors."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ from tl_entity.study.store import Outcome, Record, Store
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 from tl_entity.tasks.boxes import box_prompts
 from tl_entity.tasks.pairs import discovery_pairs
+
+PAIRS_KEPT, HEAD_PAIRS_KEPT = 8, 10_000
+"""A stage of path patching is kept in parts of so many pairs at least, or so many heads times
+pairs: minutes of work at most, which is what an interruption can cost."""
 
 TRIES = 4
 """At most so many times the wanted prompts are tried for ones that are answered right."""
@@ -198,30 +202,44 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit
     s = bench.settings
     stages = iter(ENTITY_TRACKING_STAGES)
     heads = bench.model.cfg.n_layers * bench.model.cfg.n_heads
+    chunks = list(pairs.chunks(max(PAIRS_KEPT, HEAD_PAIRS_KEPT // heads)))
 
     def score_stage(model: HookedTransformer, pairs: PairBatch, **how: Any) -> HeadScores:
         group = next(stages).group
 
-        def compute() -> Outcome:
-            with bench.progress(f"{bench.role}: {group}", heads * len(pairs)) as done:
-                found = path_patch(model, pairs, **{**how, "progress": done})
-            return {}, {
-                "per_example": found.per_example,
-                "clean_values": found.clean_log_probability,
-            }
-
         inputs = {name: value for name, value in how.items() if name != "progress"}
-        asked = {
-            "prompts": s.prompts,
-            "boxes": s.boxes,
-            "seed": bench.seeds["pairs"],
-            "drawn": drawn,
-        }
-        _, tensors = bench.step(f"scores_{group}", {**inputs, **asked}, compute)
+        asked = {"prompts": s.prompts, "boxes": s.boxes, "seed": bench.seeds["pairs"]}
+        parts: list[dict[str, Tensor]] = []
+        with ExitStack() as stack:
+            bars: list[Callable[[int], object]] = []
+
+            def count(runs: int) -> None:
+                # Nothing is shown of a stage whose parts are all finished.
+                if not bars:
+                    shown = bench.progress(f"{bench.role}: {group}", heads * len(pairs))
+                    bars.append(stack.enter_context(shown))
+                    bars[0](sum(part["per_example"].numel() for part in parts))
+                bars[0](runs)
+
+            for number, chunk in enumerate(chunks):
+
+                def compute(chunk: PairBatch = chunk) -> Outcome:
+                    count(0)
+                    found = path_patch(model, chunk, **{**how, "progress": count})
+                    return {}, {
+                        "per_example": found.per_example,
+                        "clean_values": found.clean_values,
+                    }
+
+                # One finished part of a long stage is never done twice.
+                name = f"scores_{group}" + (f"_part{number + 1}" if len(chunks) > 1 else "")
+                which = {"drawn": drawn, "part": [number, len(chunk), len(chunks)]}
+                parts.append(bench.step(name, {**inputs, **asked, **which}, compute)[1])
+        tensors = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
         receivers = how["receivers"]
         return HeadScores(
             per_example=tensors["per_example"],
-            clean_values=tensors["clean_log_probability"],
+            clean_values=tensors["clean_values"],
             position=how["position"],
             receivers=None if receivers is None else tuple(receivers),
             receiver_input=how["receiver_input"],

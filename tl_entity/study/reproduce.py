@@ -19,6 +19,7 @@ from tl_entity.hooks.points import n_kv_heads
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY
 from tl_entity.plots import PngRenderer, plotly_script
+from tl_entity.ranks import is_first
 from tl_entity.study.experiments import (
     Bench,
     Progress,
@@ -114,6 +115,7 @@ def reproduce(
             "code": code,
             "versions": {package: versions[package] for package in COMPUTING},
             "batch_size": settings.batch_size,
+            "matmul_precision": settings.matmul_precision,
             "device": torch.device(model.cfg.device or "cpu").type,
         }
         bench = Bench(role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds)
@@ -131,8 +133,7 @@ def reproduce(
             "n_heads": facts[role].n_heads,
             "fingerprint": facts[role].fingerprint,
         }
-        circuits[role].save(out / f".{role}_circuit.part")
-        (out / f".{role}_circuit.part").replace(out / f"{role}_circuit.json")
+        store.write(f"{role}_circuit.json", circuits[role].to_json())
     results: Record = {
         "settings": {
             **dataclasses.asdict(settings),
@@ -148,7 +149,8 @@ def reproduce(
         results["same_circuit"] = compare_circuits(
             circuits["base"], circuits["tuned"], head_counts[0]
         )
-    _write(store, results, say)
+    if is_first():
+        _write(store, results, say)
     return results
 
 

@@ -43,6 +43,7 @@ class Settings:
         batch_size: prompts run together; None leaves it to each method.
         dtype: of weights and activations.
         device: such as "cuda"; None for the best there is.
+        matmul_precision: of float32 matrix products, as torch names it.
     """
 
     base: str = "default-base"
@@ -58,6 +59,7 @@ class Settings:
     batch_size: int | None = None
     dtype: str = "float32"
     device: str | None = None
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
 
     def __post_init__(self) -> None:
         for name, least in {"prompts": 2, "boxes": 2, "random_circuits": 0, "seed": 0}.items():

@@ -14,6 +14,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from tl_entity.errors import InputError
+from tl_entity.ranks import from_first, is_first
 
 Record = dict[str, Any]
 """What a step found: plain JSON."""
@@ -82,14 +83,20 @@ class Store:
             compute: does the work.
         """
         key = fingerprint({"step": name, **inputs})
-        found = self._find(name, key)
+        # Of several processes the first one reads and writes, so that all go the same way.
+        found = from_first(lambda: self._find(name, key))
         if found is not None:
             return found
+        start = time.perf_counter()
+        record, tensors = compute()
+        return from_first(lambda: self._keep(name, key, record, tensors, start))
+
+    def _keep(
+        self, name: str, key: str, record: Record, tensors: dict[str, Tensor], start: float
+    ) -> Outcome:
         # What was made from the step's earlier outcome no longer holds.
         for derived in (RESULTS, REPORT):
             (self.folder / derived).unlink(missing_ok=True)
-        start = time.perf_counter()
-        record, tensors = compute()
         self._note_time(name, time.perf_counter() - start)
         data = tensors_to_bytes({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
         content = {
@@ -107,10 +114,11 @@ class Store:
         return found
 
     def write(self, name: str, content: bytes | str) -> Path:
-        """Write a file below the folder."""
+        """Write a file below the folder; of several processes only the first one does."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
+        if is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, content)
         return path
 
     def _find(self, name: str, key: str) -> Outcome | None:
