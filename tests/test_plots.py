@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 
 from tl_entity.heads import Head
-from tl_entity.plots import (
-    Bar,
+from tl_entity.plots.bars import Bar, accuracy_bars
+from tl_entity.plots.heatmaps import (
     HeadMap,
-    accuracy_bars,
     attention_heatmap,
     colour_limit,
-    figure_html,
-    figure_png,
     head_heatmap,
     shared_limits,
     stage_heatmaps,
 )
+from tl_entity.plots.render import figure_html, figure_png
 
 
 def panel(layers=3, heads=4, *, scale=0.5, top_layer=2, seed=0, **more) -> HeadMap:

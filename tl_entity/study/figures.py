@@ -8,12 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tl_entity.heads import Head
-from tl_entity.plots import (
-    Bar,
+from tl_entity.plots.bars import Bar, accuracy_bars, grouped_bars
+from tl_entity.plots.heatmaps import (
     HeadMap,
-    accuracy_bars,
     attention_heatmap,
-    grouped_bars,
     head_heatmap,
     shared_limits,
     stage_heatmaps,

@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tl_entity.heads import Head
-from tl_entity.plots import figure_html, plotly_script
+from tl_entity.plots.render import figure_html, plotly_script
 from tl_entity.study.figures import (
     LETTERS,
     position_words,

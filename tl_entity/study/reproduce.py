@@ -18,7 +18,7 @@ from tl_entity.heads import Circuit
 from tl_entity.hooks.points import n_kv_heads
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY
-from tl_entity.plots import PngRenderer, plotly_script
+from tl_entity.plots.render import PngRenderer, plotly_script
 from tl_entity.ranks import is_first
 from tl_entity.study.experiments import (
     Bench,
@@ -259,11 +259,11 @@ def _code_fingerprint() -> str:
     """Hash of this package's sources: no outcome of other code is taken for this code's."""
     package = Path(__file__).parent.parent
     # How results are shown and models are trained changes no outcome.
-    shown = {package / "plots.py", package / "cli.py", package / "__main__.py"}
+    shown = {package / "cli.py", package / "__main__.py"}
     shown |= {package / "study" / name for name in ("report.py", "figures.py", "published.py")}
     found = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        if path not in shown and path.parent.name != "training":
+        if path not in shown and path.parent.name not in ("training", "plots"):
             found.update(path.relative_to(package).as_posix().encode())
             found.update(path.read_bytes())
     return found.hexdigest()

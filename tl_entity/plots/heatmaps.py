@@ -1,28 +1,21 @@
-"""Plotly figures: head heatmaps, accuracy and faithfulness bars, attention tables.
+"""Heatmaps: a score for every head of a model, and what heads attend to.
 
-They take plain arrays and heads, so that results of any method, or of one's own, can be drawn.
 Red and blue on white are told apart by colour-blind readers too; backgrounds are light.
 """
 
-import contextlib
-import json
 import math
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import plotly
 import plotly.graph_objects as go
-import psutil
 from jaxtyping import Float
-from kaleido.scopes.plotly import PlotlyScope
 from plotly.subplots import make_subplots
 
 from tl_entity._typing import checked
 from tl_entity.heads import Head
+from tl_entity.plots.style import INK, STYLE, UNREACHABLE
 
 IMPORTANT_TO_HARMFUL = [
     [0.0, "#67001f"],
@@ -40,40 +33,10 @@ IMPORTANT_TO_HARMFUL = [
 SHADES = [[0.0, "#ffffff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
 """Colours of weights from 0 to 1."""
 
-SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#999999", "#cc79a7")
-"""Colours of bars and lines (the palette of Okabe and Ito)."""
-
-INK, FAINT, UNREACHABLE = "#1f2933", "#9aa5b1", "#d5dae0"
-
-STYLE = go.layout.Template(
-    layout={
-        "font": {
-            "family": "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif",
-            "size": 13,
-            "color": INK,
-        },
-        "title": {"x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 14}},
-        "title_font_size": 15,
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "colorway": SERIES_COLOURS,
-        "hoverlabel": {"bgcolor": "white", "font_color": INK, "bordercolor": FAINT},
-        "xaxis": {
-            "title_standoff": 8,
-            "showgrid": False,
-            "zeroline": False,
-            "ticks": "",
-            "automargin": True,
-        },
-        "yaxis": {"gridcolor": "#eceff2", "zeroline": False, "ticks": "", "automargin": True},
-        "bargap": 0.3,
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"},
-    }
-)
-"""The look that all figures share."""
-
 MOST_TICKS = 12
+
 _PANELS_A_ROW = 2
+
 _GAP = 100  # between rows of panels: room for the axis above and the title below, in pixels
 
 
@@ -97,16 +60,6 @@ class HeadMap:
     chosen: tuple[Head, ...] = ()
     known: tuple[Head, ...] = ()
     top_layer: int | None = None
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A share between 0 and 1 with its bounds, and, if it is a mean, the points it is of."""
-
-    value: float
-    low: float
-    high: float
-    points: tuple[float, ...] = field(default=())
 
 
 @checked
@@ -201,53 +154,6 @@ def shared_limits(panels: Sequence[Sequence[HeadMap]], *, at_most: float = 4.0) 
 
 
 @checked
-def accuracy_bars(
-    series: Mapping[str, Mapping[int, Bar]], *, title: str, chance: bool = True
-) -> go.Figure:
-    """Accuracy by number of boxes, side by side for several models, with 95 % intervals.
-
-    Args:
-        series: by model, by number of boxes.
-        title: above all.
-        chance: also show 1 / boxes, what naming any of the objects at random would give.
-    """
-    figure = go.Figure()
-    for name, bars in series.items():
-        _add_bars(figure, name, [str(boxes) for boxes in bars], list(bars.values()))
-    boxes = sorted({number for bars in series.values() for number in bars})
-    if chance:
-        figure.add_scatter(
-            x=[str(number) for number in boxes],
-            y=[1 / number for number in boxes],
-            name="any of the objects (1 / boxes)",
-            mode="markers",
-            marker={"symbol": "line-ew", "size": 26, "line": {"width": 2, "color": INK}},
-            hovertemplate="%{x} boxes: %{y:.3f}<extra>any of the objects</extra>",
-        )
-    _finish_bars(figure, title, "accuracy")
-    figure.update_xaxes(title_text="boxes in the prompt", type="category")
-    return figure
-
-
-@checked
-def grouped_bars(
-    series: Mapping[str, Mapping[str, Bar]], *, title: str, axis: str = "accuracy"
-) -> go.Figure:
-    """Bars with their intervals, one group of bars a category, one colour a series.
-
-    Args:
-        series: by series, by category.
-        title: above all.
-        axis: what is measured.
-    """
-    figure = go.Figure()
-    for name, bars in series.items():
-        _add_bars(figure, name, list(bars), list(bars.values()))
-    _finish_bars(figure, title, axis)
-    return figure
-
-
-@checked
 def attention_heatmap(
     rows: Sequence[str],
     columns: Sequence[str],
@@ -288,113 +194,6 @@ def attention_heatmap(
     )
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=list(rows)[::-1], showgrid=False)
     return figure
-
-
-@checked
-def figure_html(figure: go.Figure, name: str) -> str:
-    """The figure as an HTML element; the page must have loaded plotly.js before it.
-
-    Args:
-        figure: the figure.
-        name: id of the element.
-    """
-    # "<" can end a script element early, wherever it stands.
-    content = json.dumps(figure.to_plotly_json(), cls=plotly.utils.PlotlyJSONEncoder)
-    content = content.replace("<", "\\u003c")
-    height = _height(figure)
-    # Drawn once the page is laid out: before, a figure would take the width of ones yet to come.
-    return (
-        f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
-        f"<script>{{const f={content};"
-        f'const draw=()=>Plotly.newPlot("{name}",f.data,f.layout,'
-        "{responsive:true,displayModeBar:false});"
-        'if(document.readyState==="loading")addEventListener("DOMContentLoaded",draw);else draw();}'
-        "</script>"
-    )
-
-
-def plotly_script() -> Path:
-    """The plotly.js that comes with plotly: no network is needed."""
-    return Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-
-
-RENDERER_SECONDS, RENDERER_ATTEMPTS = 30, 4
-"""How long the renderer may take over a figure before it is started afresh, and how often."""
-
-
-class PngRenderer:
-    """Draws figures as PNG, with no browser and no network; one process serves many figures.
-
-    Used as a context manager, so that the process ends with it. Now and then that process does not
-    answer; it is then ended and started afresh.
-    """
-
-    def __init__(self) -> None:
-        self._scope = PlotlyScope(plotlyjs=str(plotly_script()), mathjax=False)
-
-    def __enter__(self) -> "PngRenderer":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._end()
-
-    def __call__(self, figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
-        """The picture, at twice the given size in pixels, for sharp print.
-
-        Raises:
-            ValueError: if plotly.js cannot draw the figure.
-            OSError: if the renderer cannot be started or does not answer.
-        """
-        height = height or round(_height(figure))
-        for _ in range(RENDERER_ATTEMPTS):
-            silent = threading.Event()
-
-            def give_up(silent: threading.Event = silent) -> None:
-                silent.set()
-                self._end()
-
-            watch = threading.Timer(RENDERER_SECONDS, give_up)
-            watch.start()
-            try:
-                picture = self._scope.transform(
-                    figure.to_plotly_json(), format="png", width=width, height=height, scale=2
-                )
-            except (ValueError, OSError):
-                if not silent.is_set():
-                    raise
-                continue
-            finally:
-                watch.cancel()
-            if not isinstance(picture, bytes):
-                raise ValueError("The renderer gave no picture.")
-            return picture
-        raise OSError(f"the renderer did not answer within {RENDERER_SECONDS} seconds")
-
-    def _end(self) -> None:
-        # Its children hold the pipes open, so ending the process alone would not do.
-        process = self._scope._proc
-        if process is None or process.poll() is not None:
-            return
-        try:
-            parent = psutil.Process(process.pid)
-            family = [*parent.children(recursive=True), parent]
-        except psutil.NoSuchProcess:
-            return
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-
-
-@checked
-def figure_png(figure: go.Figure, width: int = 1000, height: int | None = None) -> bytes:
-    """One figure as PNG; see `PngRenderer`, which is faster for several."""
-    with PngRenderer() as renderer:
-        return renderer(figure, width, height)
-
-
-def _height(figure: go.Figure) -> float:
-    layout: Any = figure.layout
-    return layout.height or 450
 
 
 def _add_panel(
@@ -546,38 +345,3 @@ def _panel_height(layers: int, heads: int) -> float:
 
 def _tick_step(count: int) -> int:
     return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100) if count / step <= MOST_TICKS)
-
-
-def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Bar]) -> None:
-    figure.add_bar(
-        x=categories,
-        y=[bar.value for bar in bars],
-        name=name,
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": [bar.high - bar.value for bar in bars],
-            "arrayminus": [bar.value - bar.low for bar in bars],
-            "thickness": 1.5,
-            "width": 4,
-            "color": INK,
-        },
-        customdata=[
-            f"{bar.value:.3f} [{bar.low:.3f}, {bar.high:.3f}]"
-            + (f"<br>{len(bar.points)} values" if bar.points else "")
-            for bar in bars
-        ],
-        hovertemplate="%{x}<br>%{customdata}<extra>%{fullData.name}</extra>",
-    )
-
-
-def _finish_bars(figure: go.Figure, title: str, axis: str) -> None:
-    figure.update_layout(
-        template=STYLE,
-        title_text=title,
-        barmode="group",
-        height=380,
-        margin={"l": 60, "r": 20, "t": 50, "b": 95},
-        legend_traceorder="normal",
-    )
-    figure.update_yaxes(title_text=axis, range=[0, 1.02], tickformat=".1f", dtick=0.2)

@@ -1,0 +1,101 @@
+"""Bars of shares between 0 and 1, each with its interval."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import plotly.graph_objects as go
+
+from tl_entity._typing import checked
+from tl_entity.plots.style import INK, STYLE
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A share between 0 and 1 with its bounds, and, if it is a mean, the points it is of."""
+
+    value: float
+    low: float
+    high: float
+    points: tuple[float, ...] = field(default=())
+
+
+@checked
+def accuracy_bars(
+    series: Mapping[str, Mapping[int, Bar]], *, title: str, chance: bool = True
+) -> go.Figure:
+    """Accuracy by number of boxes, side by side for several models, with 95 % intervals.
+
+    Args:
+        series: by model, by number of boxes.
+        title: above all.
+        chance: also show 1 / boxes, what naming any of the objects at random would give.
+    """
+    figure = go.Figure()
+    for name, bars in series.items():
+        _add_bars(figure, name, [str(boxes) for boxes in bars], list(bars.values()))
+    boxes = sorted({number for bars in series.values() for number in bars})
+    if chance:
+        figure.add_scatter(
+            x=[str(number) for number in boxes],
+            y=[1 / number for number in boxes],
+            name="any of the objects (1 / boxes)",
+            mode="markers",
+            marker={"symbol": "line-ew", "size": 26, "line": {"width": 2, "color": INK}},
+            hovertemplate="%{x} boxes: %{y:.3f}<extra>any of the objects</extra>",
+        )
+    _finish_bars(figure, title, "accuracy")
+    figure.update_xaxes(title_text="boxes in the prompt", type="category")
+    return figure
+
+
+@checked
+def grouped_bars(
+    series: Mapping[str, Mapping[str, Bar]], *, title: str, axis: str = "accuracy"
+) -> go.Figure:
+    """Bars with their intervals, one group of bars a category, one colour a series.
+
+    Args:
+        series: by series, by category.
+        title: above all.
+        axis: what is measured.
+    """
+    figure = go.Figure()
+    for name, bars in series.items():
+        _add_bars(figure, name, list(bars), list(bars.values()))
+    _finish_bars(figure, title, axis)
+    return figure
+
+
+def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Bar]) -> None:
+    figure.add_bar(
+        x=categories,
+        y=[bar.value for bar in bars],
+        name=name,
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": [bar.high - bar.value for bar in bars],
+            "arrayminus": [bar.value - bar.low for bar in bars],
+            "thickness": 1.5,
+            "width": 4,
+            "color": INK,
+        },
+        customdata=[
+            f"{bar.value:.3f} [{bar.low:.3f}, {bar.high:.3f}]"
+            + (f"<br>{len(bar.points)} values" if bar.points else "")
+            for bar in bars
+        ],
+        hovertemplate="%{x}<br>%{customdata}<extra>%{fullData.name}</extra>",
+    )
+
+
+def _finish_bars(figure: go.Figure, title: str, axis: str) -> None:
+    figure.update_layout(
+        template=STYLE,
+        title_text=title,
+        barmode="group",
+        height=380,
+        margin={"l": 60, "r": 20, "t": 50, "b": 95},
+        legend_traceorder="normal",
+    )
+    figure.update_yaxes(title_text=axis, range=[0, 1.02], tickformat=".1f", dtick=0.2)
