@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from tl_entity.heads import Circuit as Circuit
     from tl_entity.heads import Group as Group
     from tl_entity.heads import Head as Head
+    from tl_entity.methods.activation_patching import activation_patch as activation_patch
+    from tl_entity.methods.activation_patching import activation_patch_each as activation_patch_each
+    from tl_entity.methods.activation_patching import carries as carries
     from tl_entity.methods.attention import summarize_attention as summarize_attention
     from tl_entity.methods.circuits import Evaluation as Evaluation
     from tl_entity.methods.circuits import Faithfulness as Faithfulness
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
     from tl_entity.methods.circuits import evaluate_removals as evaluate_removals
     from tl_entity.methods.circuits import mean_head_outputs as mean_head_outputs
     from tl_entity.methods.circuits import random_circuits as random_circuits
+    from tl_entity.methods.dcm import HeadMask as HeadMask
+    from tl_entity.methods.dcm import LearnedMasks as LearnedMasks
+    from tl_entity.methods.dcm import MaskedForward as MaskedForward
+    from tl_entity.methods.dcm import learn_mask as learn_mask
+    from tl_entity.methods.dcm import learn_masks as learn_masks
     from tl_entity.methods.discovery import Discovery as Discovery
     from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
@@ -34,37 +42,53 @@ if TYPE_CHECKING:
     from tl_entity.tasks.batches import PromptBatch as PromptBatch
     from tl_entity.tasks.boxes import box_prompts as box_prompts
     from tl_entity.tasks.boxes import load_prompts as load_prompts
+    from tl_entity.tasks.desiderata import DESIDERATA as DESIDERATA
+    from tl_entity.tasks.desiderata import Desideratum as Desideratum
+    from tl_entity.tasks.desiderata import desideratum_draws as desideratum_draws
+    from tl_entity.tasks.desiderata import desideratum_pairs as desideratum_pairs
     from tl_entity.tasks.pairs import discovery_pairs as discovery_pairs
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Circuit": "heads",
-    "Discovery": "methods.discovery",
-    "Evaluation": "methods.circuits",
-    "Faithfulness": "methods.circuits",
-    "Group": "heads",
-    "Head": "heads",
-    "HeadScores": "methods.path_patching",
-    "InputError": "errors",
-    "MLPScores": "methods.path_patching",
-    "Metric": "metrics",
-    "PairBatch": "tasks.batches",
-    "PromptBatch": "tasks.batches",
-    "Stage": "methods.discovery",
+    "activation_patch": "methods.activation_patching",
+    "activation_patch_each": "methods.activation_patching",
     "box_prompts": "tasks.boxes",
+    "carries": "methods.activation_patching",
+    "Circuit": "heads",
+    "DESIDERATA": "tasks.desiderata",
+    "Desideratum": "tasks.desiderata",
+    "desideratum_draws": "tasks.desiderata",
+    "desideratum_pairs": "tasks.desiderata",
     "discover_circuit": "methods.discovery",
+    "Discovery": "methods.discovery",
     "discovery_pairs": "tasks.pairs",
     "evaluate": "methods.circuits",
     "evaluate_circuits": "methods.circuits",
     "evaluate_removals": "methods.circuits",
+    "Evaluation": "methods.circuits",
+    "Faithfulness": "methods.circuits",
+    "Group": "heads",
+    "Head": "heads",
+    "HeadMask": "methods.dcm",
+    "HeadScores": "methods.path_patching",
+    "InputError": "errors",
+    "learn_mask": "methods.dcm",
+    "learn_masks": "methods.dcm",
+    "LearnedMasks": "methods.dcm",
     "load_model": "models.load",
     "load_prompts": "tasks.boxes",
     "load_tokenizer": "models.load",
+    "MaskedForward": "methods.dcm",
     "mean_head_outputs": "methods.circuits",
+    "Metric": "metrics",
+    "MLPScores": "methods.path_patching",
+    "PairBatch": "tasks.batches",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
+    "PromptBatch": "tasks.batches",
     "random_circuits": "methods.circuits",
+    "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",
 }
 """The module in which each public name is defined."""

@@ -1,0 +1,311 @@
+"""Activation patching: what some heads carry, seen in what the model answers with theirs replaced.
+
+Heads' outputs in the base run are replaced by those of a counterfactual run; how often the model
+then answers with the target tells whether they carry what the two prompts differ in (Prakash et al.
+2024, §4.2).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.exact.suffix import CleanRun
+from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.edits import Hook, patch_heads
+from tl_entity.hooks.points import check_heads, hook_point
+from tl_entity.hooks.run import answer_logits, record
+from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
+from tl_entity.methods.path_patching import Engine
+from tl_entity.metrics import log_probability
+from tl_entity.stats import Interval, wilson_interval
+from tl_entity.tasks.batches import PairBatch, PromptBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+UNPATCHED = "unpatched"
+"""Names the run with nothing patched: how often it gives the target by itself."""
+
+
+@checked
+def activation_patch(
+    model: HookedTransformer,
+    pairs: PairBatch,
+    heads: Circuit | HeadsAt,
+    *,
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+) -> Evaluation:
+    """Answer the base prompts with heads' outputs taken from the counterfactuals.
+
+    The `hook_z` of every given head, at its position in the base prompt, takes its value from the
+    counterfactual run at that prompt's own position; everything after is recomputed. Right is the
+    pair's target, being the most likely token of the whole vocabulary.
+
+    Args:
+        model: the model.
+        pairs: base prompts (clean), counterfactuals (corrupt) and targets.
+        heads: a circuit, or heads by named position, all patched at once.
+        engine: "exact" recomputes only what the patch can change; "hooks" runs the whole model.
+        batch_size: pairs run together.
+
+    Raises:
+        InputError: if the prompts lack a position, the model a head, or the exact engine does not
+            fit the model.
+    """
+    (found,) = activation_patch_each(model, pairs, [heads], engine=engine, batch_size=batch_size)
+    return found
+
+
+@checked
+@torch.no_grad()
+def activation_patch_each(
+    model: HookedTransformer,
+    pairs: PairBatch,
+    choices: Sequence[Circuit | HeadsAt],
+    *,
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int], object] = lambda pairs: None,
+) -> list[Evaluation]:
+    """`activation_patch` of several choices of heads, one after another.
+
+    The counterfactual run is shared by all, and on the exact engine the base run too.
+
+    Args:
+        model: as in `activation_patch`.
+        pairs: as in `activation_patch`.
+        choices: circuits, or heads by named position; each is patched by itself.
+        engine: as in `activation_patch`.
+        batch_size: as in `activation_patch`.
+        progress: called with the number of pairs done since the last call.
+
+    Raises:
+        InputError: as `activation_patch`; or if there are no pairs.
+    """
+    if len(pairs) == 0:
+        raise InputError("There are no pairs to patch.")
+    chosen = [
+        {position: at for position, at in heads_by_position(heads).items() if at}
+        for heads in choices
+    ]
+    check_heads(
+        model, [head for by_position in chosen for at in by_position.values() for head in at]
+    )
+    pairs = pairs.to(model.cfg.device or "cpu")
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in chosen]
+    for chunk in pairs.chunks(batch_size):
+        for i, logits in enumerate(_patched_logits(model, chunk, chosen, engine)):
+            found[i].append((logits.argmax(-1), log_probability(logits, chunk.targets)))
+        progress(len(chunk))
+    evaluations = []
+    for parts in found:
+        predicted = torch.cat([answered for answered, _ in parts])
+        log_probabilities = torch.cat([log_probabilities for _, log_probabilities in parts])
+        evaluations.append(Evaluation(predicted, predicted == pairs.targets, log_probabilities))
+    return evaluations
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How often a group's outputs, taken from the counterfactual, bring the target.
+
+    Attributes:
+        group: name of the group, or `UNPATCHED`.
+        position: its named position; empty if nothing is patched.
+        heads: its heads.
+        desideratum: what kind of pairs.
+        seeds: of the draws.
+        correct: pairs of each draw answered with the target.
+        n_pairs: pairs in each draw.
+    """
+
+    group: str
+    position: str
+    heads: tuple[Head, ...]
+    desideratum: str
+    seeds: tuple[int, ...]
+    correct: tuple[int, ...]
+    n_pairs: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.group}, {self.desideratum}: {self.accuracy:.3f} {self.interval} "
+            f"of {sum(self.n_pairs)} pairs"
+        )
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """Accuracy in each draw."""
+        return tuple(right / n for right, n in zip(self.correct, self.n_pairs, strict=True))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of all pairs, the draws together, answered with the target."""
+        return sum(self.correct) / sum(self.n_pairs)
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's 95 % interval of that share; it takes the draws for independent."""
+        return wilson_interval(sum(self.correct), sum(self.n_pairs))
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the accuracy between draws; NaN for a single draw."""
+        if len(self.correct) < 2:
+            return float("nan")
+        return float(np.std(self.accuracies, ddof=1))
+
+
+@dataclass(frozen=True)
+class CarriedInformation:
+    """What each group carries: one entry for each group and desideratum.
+
+    Attributes:
+        entries: by desideratum, then by group, `UNPATCHED` first.
+    """
+
+    entries: tuple[Carried, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.entries))
+
+    def __getitem__(self, key: tuple[str, str]) -> Carried:
+        """The entry of a group and a desideratum.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        for entry in self.entries:
+            if (entry.group, entry.desideratum) == key:
+                return entry
+        raise KeyError(key)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a group and desideratum, with the pooled accuracy, its interval, the spread
+        between draws and each draw's accuracy."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "group": entry.group,
+                    "position": entry.position,
+                    "heads": " ".join(map(str, entry.heads)),
+                    "n_heads": len(entry.heads),
+                    "desideratum": entry.desideratum,
+                    "correct": sum(entry.correct),
+                    "n_pairs": sum(entry.n_pairs),
+                    "accuracy": entry.accuracy,
+                    "low": entry.interval.low,
+                    "high": entry.interval.high,
+                    "draws": len(entry.seeds),
+                    "spread": entry.spread,
+                    "accuracies": entry.accuracies,
+                }
+                for entry in self.entries
+            ]
+        )
+
+
+@checked
+def carries(
+    model: HookedTransformer,
+    draws: Mapping[str, Callable[[int], PairBatch]],
+    circuit: Circuit | Mapping[str, Circuit],
+    *,
+    seeds: Sequence[int],
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int], object] = lambda pairs: None,
+) -> CarriedInformation:
+    """Patch every group by itself, for every desideratum, on several draws of pairs.
+
+    Args:
+        model: the model; a fine-tune can be given with its base's circuit.
+        draws: for each desideratum a function from a seed to pairs, as `desideratum_draws` makes.
+        circuit: the groups; or for each desideratum its own, such as the heads that DCM selected.
+        seeds: one for each draw.
+        engine: as in `activation_patch`.
+        batch_size: as in `activation_patch`.
+        progress: called with the number of pairs done since the last call, all groups counting as
+            one.
+
+    Raises:
+        InputError: as `activation_patch`; if there are no seeds, or a desideratum has no circuit.
+    """
+    if not seeds:
+        raise InputError("Give at least one seed.")
+    entries: list[Carried] = []
+    for desideratum, draw in draws.items():
+        if not isinstance(circuit, Circuit) and desideratum not in circuit:
+            raise InputError(f"There is no circuit for the desideratum {desideratum!r}.")
+        groups = list(circuit if isinstance(circuit, Circuit) else circuit[desideratum])
+        choices: list[HeadsAt] = [{}, *({group.position: group.heads} for group in groups)]
+        correct, n_pairs = [], []
+        for seed in seeds:
+            pairs = draw(seed)
+            found = activation_patch_each(
+                model, pairs, choices, engine=engine, batch_size=batch_size, progress=progress
+            )
+            correct.append([int(evaluation.correct.sum()) for evaluation in found])
+            n_pairs.append(len(pairs))
+        for i, (name, position, heads) in enumerate([(UNPATCHED, "", ()), *groups]):
+            entries.append(
+                Carried(
+                    group=name,
+                    position=position,
+                    heads=heads,
+                    desideratum=desideratum,
+                    seeds=tuple(seeds),
+                    correct=tuple(counts[i] for counts in correct),
+                    n_pairs=tuple(n_pairs),
+                )
+            )
+    return CarriedInformation(tuple(entries))
+
+
+def _patched_logits(
+    model: HookedTransformer, pairs: PairBatch, choices: Sequence[HeadsAt], engine: Engine
+) -> Sequence[Float[Tensor, "batch d_vocab"]]:
+    """Answer logits with each choice of heads patched by itself."""
+    layers = sorted({head.layer for heads in choices for at in heads.values() for head in at})
+    points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
+    cache = record(model, pairs.corrupt, points) if points else {}
+    edits = [patch_heads(cache, heads, into=pairs.clean, source=pairs.corrupt) for heads in choices]
+    if engine == "hooks" or not layers:
+        return [answer_logits(model, pairs.clean, hooks) for hooks in edits]
+    return _recomputed_logits(model, pairs.clean, choices, edits)
+
+
+def _recomputed_logits(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    choices: Sequence[HeadsAt],
+    edits: Sequence[list[Hook]],
+) -> Sequence[Float[Tensor, "batch d_vocab"]]:
+    """The same from one recorded run, each choice recomputed from its own token and layer on."""
+    lowest = {min(head.layer for at in heads.values() for head in at) for heads in choices if heads}
+    positions = sorted({position for heads in choices for position in heads})
+    run = CleanRun.record(
+        model, prompts, first_layer=min(lowest), positions=positions, begins=lowest
+    )
+    logits: list[Tensor] = [torch.empty(0)] * len(choices)
+    # Those at the same positions go together, from the earliest of these on.
+    for at in {tuple(sorted(heads)) for heads in choices}:
+        some = [i for i, heads in enumerate(choices) if tuple(sorted(heads)) == at]
+        starts = [prompts.position(position) for position in at] or [run.start]
+        from_there = replace(run, start=torch.stack(starts).amin(0))
+        for i, found in zip(
+            some, from_there.answer_logits_each([edits[i] for i in some]), strict=True
+        ):
+            logits[i] = found
+    return logits

@@ -1,0 +1,713 @@
+"""DCM: which heads carry a piece of information, by a mask that is trained on the heads alone.
+
+Desiderata-based component masking (Davies et al. 2023; Prakash et al. 2024, §4.1). Each candidate
+head's output at one position is m * base + (1 - m) * counterfactual, and m is trained for the base
+run to answer what it would with the counterfactual's information, at a price for every head taken.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.exact.memory import memory_budget
+from tl_entity.exact.suffix import CleanRun
+from tl_entity.heads import Head
+from tl_entity.hooks.edits import Hook, MaskHeads
+from tl_entity.hooks.points import check_heads, hook_point
+from tl_entity.hooks.run import answer_logits, record
+from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
+from tl_entity.methods.path_patching import Engine
+from tl_entity.metrics import log_probability
+from tl_entity.stats import Interval, wilson_interval
+from tl_entity.tasks.batches import PairBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SELECTED_BELOW = 0.5
+"""A head is selected if its m is below this: rounded, it takes the counterfactual's value."""
+
+
+class MaskStep(NamedTuple):
+    """Where a training stands, for a progress bar.
+
+    Attributes:
+        step: steps done, in all trainings of the call.
+        n_steps: steps there are in all.
+        loss: of this step.
+        n_selected: heads selected after it.
+        sparsity: the price of a head in this training.
+    """
+
+    step: int
+    n_steps: int
+    loss: float
+    n_selected: int
+    sparsity: float
+
+
+@checked
+@dataclass(frozen=True)
+class HeadMask:
+    """A trained mask, and how its training went.
+
+    Attributes:
+        heads: the candidates.
+        position: named position of their outputs.
+        values: m of each candidate, in [0, 1]: 1 keeps the base's output, 0 takes the
+            counterfactual's. With validation pairs these are the mask after `best_step`, otherwise
+            after the last step.
+        losses: of each step, at the mask that the step began with.
+        trajectory: m of each candidate after each step.
+        best_step: the step, from 0, that `values` are taken after.
+        validation_correct: validation pairs answered with the target by the rounded mask after each
+            step; None without validation pairs.
+        n_validation: number of validation pairs.
+        sparsity: the price of a head.
+        engine: what ran the model.
+    """
+
+    heads: tuple[Head, ...]
+    position: str
+    values: Float[Tensor, " candidate"]
+    losses: Float[Tensor, " step"]
+    trajectory: Float[Tensor, "step candidate"]
+    best_step: int
+    validation_correct: Int[Tensor, " step"] | None
+    n_validation: int
+    sparsity: float
+    engine: Engine
+
+    def __str__(self) -> str:
+        chosen = " ".join(map(str, self.selected)) or "none"
+        text = f"{len(self.selected)} of {len(self.heads)} heads at {self.position}: {chosen}"
+        if self.validation_accuracy is None:
+            return text
+        return f"{text}; validation accuracy {self.validation_accuracy:.3f}"
+
+    @property
+    def selected(self) -> tuple[Head, ...]:
+        """The candidates with m below one half, in the candidates' order."""
+        return _selected(self.heads, self.values)
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """Share of validation pairs answered with the target by the rounded mask."""
+        if self.validation_correct is None:
+            return None
+        return int(self.validation_correct[self.best_step]) / self.n_validation
+
+    @property
+    def validation_interval(self) -> Interval | None:
+        """Wilson's 95 % interval of that share. The mask was chosen by it, so it flatters."""
+        if self.validation_correct is None:
+            return None
+        return wilson_interval(int(self.validation_correct[self.best_step]), self.n_validation)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a candidate."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "head": [str(head) for head in self.heads],
+                "layer": [head.layer for head in self.heads],
+                "index": [head.head for head in self.heads],
+                "position": self.position,
+                "value": self.values.tolist(),
+                "selected": (self.values < SELECTED_BELOW).tolist(),
+            }
+        )
+
+    def history(self) -> "pd.DataFrame":
+        """One row a step: loss, number of heads selected after it, validation accuracy."""
+        import pandas as pd
+
+        correct = self.validation_correct
+        return pd.DataFrame(
+            {
+                "step": range(len(self.losses)),
+                "loss": self.losses.tolist(),
+                "n_selected": (self.trajectory < SELECTED_BELOW).sum(1).tolist(),
+                "validation_accuracy": float("nan")
+                if correct is None
+                else (correct / self.n_validation).tolist(),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class RecordedPairs:
+    """What masked runs of some pairs share, whatever the mask.
+
+    Attributes:
+        pairs: the pairs, on the model's device.
+        other: for each layer with candidates, their outputs in the counterfactual run, read at the
+            counterfactual's own position, `[batch heads d_head]`.
+        clean: the base run, from the first masked layer and token on; None on the hooks engine,
+            which runs the whole model each time.
+    """
+
+    pairs: PairBatch
+    other: Mapping[int, Float[Tensor, "batch heads d_head"]]
+    clean: CleanRun | None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+class MaskedForward(nn.Module):
+    """A frozen model whose candidate heads are mixed with a counterfactual run by a trainable mask.
+
+    The mask, one entry a candidate, is the only parameter; it begins at 1, where the model is
+    itself. The model is no submodule: `parameters()` and `state_dict()` hold the mask alone, and
+    `.to(device)` moves the mask alone.
+
+        masked = MaskedForward(model, heads, position="last")
+        optimizer = torch.optim.Adam(masked.parameters(), lr=0.1)
+        for pairs in batches:
+            masked.clamp_()
+            optimizer.zero_grad()
+            loss = my_loss(masked(pairs), pairs.targets, masked.mask)
+            loss.backward()
+            optimizer.step()
+
+    Pairs that are run more than once are recorded once: `recorded = masked.record(pairs)`, then
+    `masked(recorded)`. On the exact engine that leaves only what the mask can change to compute.
+
+    Args:
+        model: the model.
+        candidates: the heads with a mask.
+        position: named position of their outputs, in base and counterfactual prompt each its own.
+        engine: "exact" recomputes only what the mask can change; "hooks" runs the whole model.
+
+    Raises:
+        InputError: if there are no candidates, one comes twice, or the model lacks one.
+    """
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        candidates: Sequence[Head],
+        *,
+        position: str,
+        engine: Engine = "exact",
+    ) -> None:
+        super().__init__()
+        candidates = tuple(Head(*head) for head in candidates)
+        if not candidates:
+            raise InputError("There are no candidate heads to learn a mask for.")
+        if len(set(candidates)) != len(candidates):
+            raise InputError("A head is a candidate twice; its mask would be two.")
+        check_heads(model, candidates)
+        self.candidates = candidates
+        self.position = position
+        self.engine: Engine = engine
+        self._model = (model,)  # in a tuple, where nn.Module doesn't take it for a part of itself
+        self._layers = {
+            layer: [i for i, head in enumerate(candidates) if head.layer == layer]
+            for layer in sorted({head.layer for head in candidates})
+        }
+        # A mask in half precision could not be trained in small steps.
+        dtype = torch.promote_types(model.cfg.dtype, torch.float32)
+        self.mask = nn.Parameter(torch.ones(len(candidates), dtype=dtype, device=model.cfg.device))
+
+    @property
+    def model(self) -> HookedTransformer:
+        """The model that is run."""
+        return self._model[0]
+
+    @property
+    def selected(self) -> tuple[Head, ...]:
+        """The candidates with m below one half."""
+        return _selected(self.candidates, self.mask.detach())
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Bring the mask back into [0, 1]."""
+        self.mask.clamp_(0, 1)
+
+    @checked
+    @torch.no_grad()
+    def record(self, pairs: PairBatch) -> RecordedPairs:
+        """Run base and counterfactual prompts once, for any number of masked runs.
+
+        Raises:
+            InputError: if the prompts lack the position, or the exact engine does not fit the
+                model.
+        """
+        pairs = pairs.to(self.model.cfg.device or "cpu")
+        points: dict[str, str | None] = {
+            hook_point("z", layer): self.position for layer in self._layers
+        }
+        outputs = record(self.model, pairs.corrupt, points)
+        other = {
+            layer: outputs.pop(hook_point("z", layer))[:, self._heads(layer)]
+            for layer in self._layers
+        }
+        clean = None
+        if self.engine == "exact":
+            clean = CleanRun.record(
+                self.model,
+                pairs.clean,
+                first_layer=min(self._layers),
+                positions=[self.position],
+            )
+        return RecordedPairs(pairs, other, clean)
+
+    @checked
+    def forward(self, pairs: PairBatch | RecordedPairs) -> Float[Tensor, "batch d_vocab"]:
+        """Logits at the base prompts' `"last"` token; gradients reach the mask alone.
+
+        Raises:
+            InputError: as `record`.
+        """
+        return self.run(pairs, self.mask)
+
+    @checked
+    def run(
+        self,
+        pairs: PairBatch | RecordedPairs,
+        mask: Float[Tensor, " candidate"],
+        *,
+        tokens: Int[Tensor, "batch wanted"] | None = None,
+    ) -> Float[Tensor, "batch logits"]:
+        """As `forward`, with another mask than one's own, and only the logits of some tokens if
+        these are given.
+
+        Raises:
+            InputError: as `record`.
+        """
+        recorded = self.record(pairs) if isinstance(pairs, PairBatch) else pairs
+        hooks = self.edits(recorded, mask)
+        with _frozen(self.model):
+            if recorded.clean is not None:
+                return recorded.clean.answer_logits(hooks, tokens=tokens)
+            logits = answer_logits(self.model, recorded.pairs.clean, hooks)
+            return logits if tokens is None else logits.gather(1, tokens)
+
+    @checked
+    def edits(self, recorded: RecordedPairs, mask: Float[Tensor, " candidate"]) -> list[Hook]:
+        """The masked run as hooks, for `run_with_hooks` on the base prompts."""
+        at = recorded.pairs.clean.position(self.position)
+        return [
+            (
+                hook_point("z", layer),
+                MaskHeads(
+                    positions=at,
+                    heads=torch.tensor(self._heads(layer)),
+                    mask=mask[index],
+                    other=recorded.other[layer],
+                ),
+            )
+            for layer, index in self._layers.items()
+        ]
+
+    def _heads(self, layer: int) -> list[int]:
+        return [self.candidates[i].head for i in self._layers[layer]]
+
+
+@checked
+def learn_mask(
+    model: HookedTransformer,
+    pairs: PairBatch,
+    candidates: Sequence[Head],
+    *,
+    position: str,
+    sparsity: float = 0.01,
+    lr: float = 0.1,
+    epochs: int = 2,
+    batch_size: int = BATCH_SIZE,
+    validation: PairBatch | None = None,
+    engine: Engine = "exact",
+    memory: int | None = None,
+    progress: Callable[[MaskStep], object] = lambda step: None,
+) -> HeadMask:
+    """Find the heads that carry what a desideratum's pairs are about (Prakash et al. 2024, §4.1).
+
+    Each candidate's `hook_z` at the base prompt's position becomes m * base + (1 - m) *
+    counterfactual, the counterfactual's read at its own position. The masks begin at 1 and are
+    trained by Adam, clamped to [0, 1] before each step, on
+
+        - mean target logit + sparsity * sum of (1 - m)
+
+    over batches of the pairs in their order. The model stays as it is. Clean and counterfactual
+    runs are recorded in the first epoch and used again in the next as far as the memory goes.
+
+    Args:
+        model: the model.
+        pairs: base prompts (clean), counterfactuals (corrupt) and targets to train on.
+        candidates: the heads that may be selected.
+        position: named position of all of them.
+        sparsity: the price of a head taken from the counterfactual.
+        lr: Adam's learning rate.
+        epochs: how many times the pairs are gone through.
+        batch_size: pairs a step.
+        validation: other pairs. With them, the mask is kept whose rounded form answers most of
+            them with the target, among equals the one with most heads, then the earliest; looked
+            at after every step. Without them, the last mask is kept.
+        engine: "exact" recomputes only what the mask can change; "hooks" runs the whole model.
+        memory: bytes that recorded runs may take; found from the device if left out.
+        progress: called after each step.
+
+    Raises:
+        InputError: if there are no pairs or candidates, a candidate comes twice or does not exist,
+            the prompts lack the position, a pair has no target, epochs or batch size are below one,
+            or the exact engine does not fit the model.
+    """
+    masked = MaskedForward(model, candidates, position=position, engine=engine)
+    budget = _Budget(memory_budget(model.cfg.device) if memory is None else memory)
+    settings = _Settings(sparsity, lr, epochs)
+    train = _Recordings(masked, pairs, batch_size, budget)
+    check = None if validation is None else _Recordings(masked, validation, batch_size, budget)
+    return _train(masked, train, check, settings, progress)
+
+
+@dataclass(frozen=True)
+class MaskRun:
+    """A mask trained on half of some pairs, chosen on a quarter, tested on the last quarter.
+
+    Attributes:
+        seed: of the draw.
+        mask: the mask.
+        test: the test pairs with the selected heads taken from the counterfactual; right is the
+            target.
+        test_of_all: the same with all candidates taken.
+        test_of_none: the same with none taken.
+    """
+
+    seed: int
+    mask: HeadMask
+    test: Evaluation
+    test_of_all: Evaluation
+    test_of_none: Evaluation
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, sparsity {self.mask.sparsity:g}: {self.mask}; test {self.test}"
+
+
+@dataclass(frozen=True)
+class LearnedMasks:
+    """The masks of several draws and several prices of a head.
+
+    Attributes:
+        runs: by seed, then by sparsity, in the order they were asked for.
+    """
+
+    runs: tuple[MaskRun, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.runs))
+
+    def selection_share(self, sparsity: float) -> dict[Head, float]:
+        """For each candidate, the share of the draws in which it is selected at this sparsity.
+
+        Raises:
+            InputError: if no mask was trained at this sparsity.
+        """
+        masks = [run.mask for run in self.runs if run.mask.sparsity == sparsity]
+        if not masks:
+            raise InputError(f"No mask was trained at sparsity {sparsity:g}.")
+        return {
+            head: sum(head in mask.selected for mask in masks) / len(masks)
+            for head in masks[0].heads
+        }
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a run."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "seed": run.seed,
+                    "sparsity": run.mask.sparsity,
+                    "position": run.mask.position,
+                    "n_candidates": len(run.mask.heads),
+                    "n_selected": len(run.mask.selected),
+                    "selected": " ".join(map(str, run.mask.selected)),
+                    "validation_accuracy": run.mask.validation_accuracy,
+                    "test_correct": int(run.test.correct.sum()),
+                    "n_test": len(run.test),
+                    "test_accuracy": run.test.accuracy,
+                    "low": run.test.interval.low,
+                    "high": run.test.interval.high,
+                    "test_accuracy_of_all": run.test_of_all.accuracy,
+                    "test_accuracy_of_none": run.test_of_none.accuracy,
+                }
+                for run in self.runs
+            ]
+        )
+
+
+@checked
+def learn_masks(
+    model: HookedTransformer,
+    pairs: PairBatch | Callable[[int], PairBatch],
+    candidates: Sequence[Head],
+    *,
+    position: str,
+    seeds: Sequence[int],
+    sparsities: Sequence[float] = (0.01,),
+    lr: float = 0.1,
+    epochs: int = 2,
+    batch_size: int = BATCH_SIZE,
+    engine: Engine = "exact",
+    memory: int | None = None,
+    progress: Callable[[MaskStep], object] = lambda step: None,
+) -> LearnedMasks:
+    """Train, choose and test masks for several draws of pairs and several prices of a head.
+
+    Of each draw, half the pairs train, a quarter chooses among the masks on the way, and the rest
+    tests the one chosen. Base and counterfactual runs are shared between the sparsities.
+
+    Args:
+        model: the model.
+        pairs: a function from a seed to pairs, such as `desideratum_draws` makes, for a fresh draw
+            each; or pairs that each seed shuffles before they are split.
+        candidates: the heads that may be selected.
+        position: named position of all of them.
+        seeds: one for each draw.
+        sparsities: the prices of a head.
+        lr: as in `learn_mask`.
+        epochs: as in `learn_mask`.
+        batch_size: as in `learn_mask`.
+        engine: as in `learn_mask`.
+        memory: as in `learn_mask`.
+        progress: called after each step, the steps counted over all trainings.
+
+    Raises:
+        InputError: as `learn_mask`; if there are no seeds or sparsities; or if there are fewer than
+            four pairs.
+    """
+    if not seeds or not sparsities:
+        raise InputError("Give at least one seed and one sparsity.")
+    masked = MaskedForward(model, candidates, position=position, engine=engine)
+    bytes_free = memory_budget(model.cfg.device) if memory is None else memory
+    runs: list[MaskRun] = []
+    for seed in seeds:
+        budget = _Budget(bytes_free)
+        parts = [
+            _Recordings(masked, part, batch_size, budget) for part in _split(_drawn(pairs, seed))
+        ]
+        train, validation, test = parts
+        n_steps = epochs * train.n_batches
+
+        def report(step: MaskStep, n_steps: int = n_steps) -> None:
+            done = len(runs) * n_steps
+            progress(
+                step._replace(step=done + step.step, n_steps=n_steps * len(seeds) * len(sparsities))
+            )
+
+        of_all, of_none = (_evaluate(masked, test, taken) for taken in (masked.candidates, ()))
+        for sparsity in sparsities:
+            settings = _Settings(sparsity, lr, epochs)
+            mask = _train(masked, train, validation, settings, report)
+            found = _evaluate(masked, test, mask.selected)
+            runs.append(MaskRun(seed, mask, found, of_all, of_none))
+    return LearnedMasks(tuple(runs))
+
+
+class _Settings(NamedTuple):
+    sparsity: float
+    lr: float
+    epochs: int
+
+
+def _train(
+    masked: MaskedForward,
+    train: "_Recordings",
+    validation: "_Recordings | None",
+    settings: _Settings,
+    progress: Callable[[MaskStep], object],
+) -> HeadMask:
+    if settings.epochs < 1:
+        raise InputError(f"{settings.epochs} epochs train nothing; ask for at least one.")
+    n_steps = settings.epochs * train.n_batches
+    choice = _Choice(masked, validation)
+    losses: list[float] = []
+    with torch.no_grad():
+        masked.mask.fill_(1)
+    optimizer = torch.optim.Adam([masked.mask], lr=settings.lr)
+    for _ in range(settings.epochs):
+        for recorded in train:
+            masked.clamp_()
+            optimizer.zero_grad()
+            loss = _loss(masked, recorded, settings.sparsity)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            choice.look()
+            progress(
+                MaskStep(len(losses), n_steps, losses[-1], len(masked.selected), settings.sparsity)
+            )
+    return HeadMask(
+        heads=masked.candidates,
+        position=masked.position,
+        values=choice.masks[choice.best],
+        losses=torch.tensor(losses, dtype=masked.mask.dtype),
+        trajectory=torch.stack(choice.masks),
+        best_step=choice.best,
+        validation_correct=None if validation is None else torch.tensor(choice.correct),
+        n_validation=0 if validation is None else len(validation),
+        sparsity=settings.sparsity,
+        engine=masked.engine,
+    )
+
+
+def _loss(masked: MaskedForward, recorded: RecordedPairs, sparsity: float) -> Float[Tensor, ""]:
+    target_logits = masked.run(recorded, masked.mask, tokens=recorded.pairs.targets[:, None])
+    return -target_logits.to(masked.mask.dtype).mean() + sparsity * (1 - masked.mask).sum()
+
+
+class _Choice:
+    """The masks after each step, and which of them to keep."""
+
+    def __init__(self, masked: MaskedForward, validation: "_Recordings | None") -> None:
+        self.masks: list[Tensor] = []
+        self.correct: list[int] = []
+        self.best = 0
+        self._masked = masked
+        self._validation = validation
+        self._known: dict[tuple[Head, ...], int] = {}
+
+    def look(self) -> None:
+        """Take down the mask as it is now."""
+        mask = self._masked.mask.detach().clamp(0, 1)
+        self.masks.append(mask.cpu())
+        now = len(self.masks) - 1
+        if self._validation is None:
+            self.best = now
+            return
+        # A rounded mask that came before has its count already.
+        selected = _selected(self._masked.candidates, mask)
+        if selected not in self._known:
+            found = _evaluate(self._masked, self._validation, selected)
+            self._known[selected] = int(found.correct.sum())
+        self.correct.append(self._known[selected])
+        if self._rank(now) > self._rank(self.best):
+            self.best = now
+
+    def _rank(self, step: int) -> tuple[int, int]:
+        return self.correct[step], int((self.masks[step] < SELECTED_BELOW).sum())
+
+
+@torch.no_grad()
+def _evaluate(
+    masked: MaskedForward, recordings: "_Recordings", taken: Collection[Head]
+) -> Evaluation:
+    """How often the base runs answer with the target with some candidates' outputs taken from the
+    counterfactual."""
+    mask = masked.mask.new_tensor([float(head not in taken) for head in masked.candidates])
+    predicted, log_probabilities = [], []
+    for recorded in recordings:
+        logits = masked.run(recorded, mask)
+        predicted.append(logits.argmax(-1))
+        log_probabilities.append(log_probability(logits, recorded.pairs.targets))
+    answered = torch.cat(predicted)
+    targets = recordings.pairs.targets.to(answered.device)
+    return Evaluation(answered, answered == targets, torch.cat(log_probabilities))
+
+
+class _Budget:
+    """Bytes that are left for recorded runs."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+
+    def take(self, n_bytes: int) -> bool:
+        """Take so many, if they are there."""
+        if n_bytes > self._free:
+            return False
+        self._free -= n_bytes
+        return True
+
+
+class _Recordings:
+    """Pairs in batches, each recorded once and kept while the memory lasts; batches that don't fit
+    are recorded anew whenever they come."""
+
+    def __init__(
+        self, masked: MaskedForward, pairs: PairBatch, batch_size: int, budget: _Budget
+    ) -> None:
+        if batch_size < 1 or len(pairs) == 0:
+            raise InputError(
+                f"{len(pairs)} pairs in batches of {batch_size}: there must be at least one."
+            )
+        d_vocab = masked.model.cfg.d_vocab
+        if bool(((pairs.targets < 0) | (pairs.targets >= d_vocab)).any()):
+            raise InputError("A pair has no target: every target must be a token.")
+        self.pairs = pairs
+        self.n_batches = -(-len(pairs) // batch_size)
+        self._masked = masked
+        self._batch_size = batch_size
+        self._budget = budget
+        self._kept: dict[int, RecordedPairs] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[RecordedPairs]:
+        for i, batch in enumerate(self.pairs.chunks(self._batch_size)):
+            recorded = self._kept.get(i)
+            if recorded is None:
+                recorded = self._masked.record(batch)
+                if self._budget.take(_bytes_of(recorded)):
+                    self._kept[i] = recorded
+            yield recorded
+
+
+def _bytes_of(held: Any) -> int:
+    """Memory of all tensors in a nest of dataclasses, mappings and sequences."""
+    if isinstance(held, Tensor):
+        return held.untyped_storage().nbytes()
+    if dataclasses.is_dataclass(held) and not isinstance(held, type):
+        return sum(_bytes_of(getattr(held, field.name)) for field in dataclasses.fields(held))
+    if isinstance(held, Mapping):
+        return sum(map(_bytes_of, held.values()))
+    if isinstance(held, (list, tuple)):
+        return sum(map(_bytes_of, held))
+    return 0
+
+
+@contextmanager
+def _frozen(model: HookedTransformer) -> Iterator[None]:
+    """Within this context no weight of the model takes a gradient."""
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trainable:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
+def _selected(heads: tuple[Head, ...], mask: Float[Tensor, " candidate"]) -> tuple[Head, ...]:
+    return tuple(head for head, m in zip(heads, mask.tolist(), strict=True) if m < SELECTED_BELOW)
+
+
+def _drawn(pairs: PairBatch | Callable[[int], PairBatch], seed: int) -> PairBatch:
+    if not isinstance(pairs, PairBatch):
+        return pairs(seed)
+    generator = torch.Generator().manual_seed(seed)
+    return pairs[torch.randperm(len(pairs), generator=generator).to(pairs.targets.device)]
+
+
+def _split(pairs: PairBatch) -> tuple[PairBatch, PairBatch, PairBatch]:
+    """Half, a quarter, and the rest."""
+    if len(pairs) < 4:
+        raise InputError(
+            f"{len(pairs)} pairs can't be split into half, quarter and quarter; draw more."
+        )
+    half, quarter = len(pairs) // 2, len(pairs) // 4
+    return pairs[:half], pairs[half : half + quarter], pairs[half + quarter :]
