@@ -100,6 +100,7 @@ def test_interrupted(capsys, model, tmp_path):
 
 def test_a_run_says_what_it_found_and_where(capsys, model, tmp_path):
     arguments = ["--prompts", "4", "--boxes", "2", "--random-circuits", "1", "--all-pairs"]
+    arguments += ["--only", "faithfulness", "--no-png"]
     out = tmp_path / "out"
     given = ["reproduce", "--base", str(model), "--tuned", "none", *arguments, "--out", str(out)]
     assert main(given) == 0

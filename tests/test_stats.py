@@ -3,7 +3,16 @@ import math
 import numpy as np
 import pytest
 
-from tl_entity.stats import bootstrap_ratio_interval, mean_intervals, wilson_interval
+from tl_entity.stats import (
+    Bootstrap,
+    average_ranks,
+    bootstrap_ratio_interval,
+    mean_intervals,
+    overlap_by_chance,
+    percentile_interval,
+    spearman,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +79,99 @@ def test_draws_without_a_denominator_do_not_count() -> None:
     zero, one_of_two = np.zeros(2), np.array([1.0, 0.0])
     assert bootstrap_ratio_interval(one_of_two, one_of_two, seed=0) == (1.0, 1.0)
     assert all(math.isnan(bound) for bound in bootstrap_ratio_interval(zero, zero, seed=0))
+
+
+def test_differences_and_ratios_share_their_draws() -> None:
+    generator = np.random.default_rng(0)
+    one, other = (generator.random(40) < p for p in (0.7, 0.4))
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    bootstrap = Bootstrap.draw(40, seed=3, draws=500)
+    assert bootstrap.counts.shape == (500, 40)
+    assert (bootstrap.counts.sum(1) == 40).all()
+    assert bootstrap.ratio(one, other) == bootstrap_ratio_interval(one, other, seed=3, draws=500)
+    rows = [np.repeat(np.arange(40), counts.astype(int)) for counts in bootstrap.counts]
+    by_hand = [one[chosen].mean() - other[chosen].mean() for chosen in rows]
+    expected = np.quantile(by_hand, [0.025, 0.975])
+    assert bootstrap.difference(one, other) == pytest.approx(tuple(expected))
+    np.testing.assert_allclose(
+        bootstrap.means(np.stack([one, other])),
+        [[one[chosen].mean() for chosen in rows], [other[chosen].mean() for chosen in rows]],
+    )
+    # The same prompts in both: what never differs has no spread.
+    assert bootstrap.difference(one, one) == (0.0, 0.0)
+
+
+def test_percentiles_pass_over_what_is_undefined() -> None:
+    samples = np.append(np.linspace(0, 1, 1001), np.nan)
+    assert percentile_interval(samples) == pytest.approx((0.025, 0.975))
+    assert all(math.isnan(bound) for bound in percentile_interval(np.full(3, np.nan)))
+
+
+def test_equal_values_share_the_mean_of_their_ranks() -> None:
+    values = np.array([[3.0, 1.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [1.0, 2.0, 3.0, 4.0]])
+    expected = [[3.5, 1.0, 3.5, 2.0], [2.5] * 4, [1.0, 2.0, 3.0, 4.0]]
+    assert average_ranks(values).tolist() == expected
+    assert average_ranks(np.zeros((2, 0))).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        # 1 - 6 sum(d²) / (n (n² - 1)) with d = 0, 1, 1, 1, 1.
+        ([1, 2, 3, 4, 5], [1, 3, 2, 5, 4], 1 - 6 * 4 / (5 * 24)),
+        ([1, 2, 3], [30, 20, 10], -1),
+        # The order is all that counts.
+        ([1, 2, 3, 4], [1, 10, 100, 1000], 1),
+        # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: correlation of these numbers.
+        ([1, 2, 2, 3], [1, 2, 3, 4], 4.5 / math.sqrt(4.5 * 5)),
+    ],
+)
+def test_spearman_by_hand(one: list, other: list, expected: float) -> None:
+    one, other = (np.array(values, dtype=np.float64) for values in (one, other))
+    assert spearman(one, other) == pytest.approx(expected)
+    both = spearman(np.stack([one, one]), np.stack([other, one]))
+    assert both.tolist() == pytest.approx([expected, 1.0])
+
+
+def test_spearman_of_what_does_not_vary_is_undefined() -> None:
+    constant, other = np.ones(3), np.arange(3.0)
+    assert math.isnan(spearman(constant, other))
+    assert math.isnan(spearman(other[:1], other[:1]))
+    assert np.isnan(spearman(np.zeros((2, 0)), np.zeros((2, 0)))).all()
+
+
+def test_overlaps_by_chance_are_hypergeometric() -> None:
+    # Two of four and two of four: of the six second choices one shares both, one none.
+    chance = overlap_by_chance(4, 2, 2)
+    assert chance.probabilities == pytest.approx((1 / 6, 4 / 6, 1 / 6))
+    assert chance.expected == pytest.approx(1)
+    assert (chance.low, chance.high) == (0, 2)
+    assert chance.at_least(0) == chance.at_least(-1) == 1.0
+    assert chance.at_least(1) == pytest.approx(5 / 6)
+    assert chance.at_least(2) == pytest.approx(1 / 6)
+    assert chance.at_least(3) == 0
+    # As large as a population of heads gets: 58 of 1024 twice.
+    large = overlap_by_chance(1024, 58, 58)
+    assert math.fsum(large.probabilities) == pytest.approx(1)
+    assert large.expected == pytest.approx(58 * 58 / 1024)
+    assert (large.low, large.high) == (0, 7)
+    assert overlap_by_chance(3, 3, 2).probabilities == pytest.approx((0, 0, 1))
+    assert overlap_by_chance(0, 0, 0).probabilities == (1.0,)
+    for population, one, other in ((3, 4, 1), (3, 1, 4), (3, -1, 1)):
+        with pytest.raises(ValueError, match="can't be chosen"):
+            overlap_by_chance(population, one, other)
+
+
+def test_overlaps_by_chance_are_what_drawing_gives() -> None:
+    generator = np.random.default_rng(0)
+    shared = [
+        len({*generator.permutation(12)[:5]} & {*generator.permutation(12)[:7]})
+        + len({*generator.permutation(6)[:2]} & {*generator.permutation(6)[:3]})
+        for _ in range(4000)
+    ]
+    chance = overlap_by_chance(12, 5, 7).and_also(overlap_by_chance(6, 2, 3))
+    drawn = np.bincount(shared, minlength=len(chance.probabilities)) / 4000
+    np.testing.assert_allclose(drawn, chance.probabilities, atol=0.025)
+    assert chance.expected == pytest.approx(35 / 12 + 1)
+    low, high = np.quantile(shared, [0.025, 0.975])
+    assert (chance.low, chance.high) == (low, high)

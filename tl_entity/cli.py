@@ -127,6 +127,28 @@ def _add_reproduce(commands: "argparse._SubParsersAction[_OneLineParser]") -> No
         help="how many random circuits to compare with (default: 10)",
     )
     add(
+        "--mask-pairs",
+        type=_whole_number(4),
+        default=400,
+        metavar="N",
+        help="pairs of prompts that DCM learns a mask from, half of them to train (default: 400)",
+    )
+    add(
+        "--draws",
+        type=_whole_number(1),
+        default=5,
+        metavar="N",
+        help="draws of the prompts that heads are patched on (default: 5)",
+    )
+    add(
+        "--only",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        metavar="NAMES",
+        help="only these experiments beside accuracy and discovery, separated by commas: "
+        "faithfulness, completeness, minimality, attention, information, knockout, cmap, "
+        "comparison",
+    )
+    add(
         "--all-pairs",
         action="store_true",
         help="also find circuits from prompts that the model answers wrong",
@@ -164,6 +186,7 @@ def _add_reproduce(commands: "argparse._SubParsersAction[_OneLineParser]") -> No
         "bfloat16 (default: highest)",
     )
     add("--device", metavar="NAME", help="such as cpu or cuda (default: the best there is)")
+    add("--no-png", action="store_true", help="draw no PNG figures, only the HTML ones")
     add(
         "--out",
         type=Path,
@@ -208,6 +231,9 @@ def _reproduce(options: argparse.Namespace) -> None:
         receiver_sizes=options.receiver_sizes
         and dict(zip(GROUPS[:-1], options.receiver_sizes, strict=True)),
         random_circuits=options.random_circuits,
+        mask_pairs=options.mask_pairs,
+        draws=options.draws,
+        only=options.only,
         all_pairs=options.all_pairs,
         seed=options.seed,
         engine=options.engine,
@@ -215,6 +241,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         device=options.device,
         matmul_precision=options.matmul_precision,
+        png=not options.no_png,
     )
     with process_group(), float32_matmul_precision(options.matmul_precision):
         quiet = not is_first()

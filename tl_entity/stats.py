@@ -1,6 +1,7 @@
 """Intervals and resampling: every accuracy and mean score carries its uncertainty."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -65,16 +66,147 @@ def bootstrap_ratio_interval(
     seed: int,
     draws: int = 10_000,
 ) -> Interval:
-    """Percentile 95 % interval of mean(numerator) / mean(denominator), the prompts resampled in
-    pairs (the same prompts in both). Draws with a zero denominator are left out; NaN if all are.
+    """`Bootstrap.ratio` of prompts drawn for it alone."""
+    return Bootstrap.draw(len(numerator), seed=seed, draws=draws).ratio(numerator, denominator)
+
+
+@checked
+@dataclass(frozen=True)
+class Bootstrap:
+    """Prompts resampled many times, for the intervals of any statistics of these prompts.
+
+    Attributes:
+        counts: how often each draw has each prompt.
     """
-    generator = np.random.default_rng(seed)
-    n = len(numerator)
-    # Multinomial counts are the same resampling as drawing n indices, at a fraction of the memory.
-    counts = generator.multinomial(n, np.full(n, 1 / n), size=draws)
-    top, bottom = counts @ numerator.astype(float), counts @ denominator.astype(float)
-    ratios = top[bottom != 0] / bottom[bottom != 0]
-    if len(ratios) == 0:
+
+    counts: Float64[np.ndarray, "draws batch"]
+
+    @classmethod
+    def draw(cls, n: int, *, seed: int, draws: int = 10_000) -> "Bootstrap":
+        """As many of `n` prompts, drawn with replacement; the same seed gives the same draws."""
+        generator = np.random.default_rng(seed)
+        # Multinomial counts are the same resampling as drawing n indices, at a fraction of the
+        # memory.
+        return cls(generator.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64))
+
+    @checked
+    def means(
+        self, values: Float[np.ndarray, "*cells batch"]
+    ) -> Float64[np.ndarray, "*cells draws"]:
+        """The mean of the prompts' values in each draw."""
+        return values.astype(np.float64) @ self.counts.T / self.counts.shape[1]
+
+    @checked
+    def difference(
+        self, one: Float[np.ndarray, " batch"], other: Float[np.ndarray, " batch"]
+    ) -> Interval:
+        """Percentile 95 % interval of mean(one) - mean(other) on the same prompts."""
+        return percentile_interval(self.means(one.astype(np.float64) - other))
+
+    @checked
+    def ratio(
+        self, numerator: Float[np.ndarray, " batch"], denominator: Float[np.ndarray, " batch"]
+    ) -> Interval:
+        """Percentile 95 % interval of mean(numerator) / mean(denominator), the prompts resampled in
+        pairs (the same prompts in both). Draws with a zero denominator are left out; NaN if all
+        are.
+        """
+        top, bottom = (
+            self.counts @ values.astype(np.float64) for values in (numerator, denominator)
+        )
+        return percentile_interval(top[bottom != 0] / bottom[bottom != 0])
+
+
+@checked
+def percentile_interval(samples: Float[np.ndarray, " draws"]) -> Interval:
+    """From the 2.5 % to the 97.5 % quantile of bootstrap draws. Draws that are NaN are left out;
+    NaN if all are."""
+    there = samples[~np.isnan(samples)]
+    if len(there) == 0:
         return Interval(math.nan, math.nan)
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    low, high = np.quantile(there, [0.025, 0.975])
     return Interval(float(low), float(high))
+
+
+@checked
+def average_ranks(values: Float[np.ndarray, "*cells n"]) -> Float64[np.ndarray, "*cells n"]:
+    """Ranks from 1 along the last axis; equal values share the mean of their ranks."""
+    order = values.argsort(-1, kind="stable")
+    ascending = np.take_along_axis(values, order, -1)
+    place = np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    begins = np.ones(values.shape, dtype=bool)
+    begins[..., 1:] = ascending[..., 1:] != ascending[..., :-1]
+    ends = np.ones(values.shape, dtype=bool)
+    ends[..., :-1] = begins[..., 1:]
+    first = np.maximum.accumulate(np.where(begins, place, 0), -1)
+    last = np.where(ends, place, values.shape[-1])
+    last = np.flip(np.minimum.accumulate(np.flip(last, -1), -1), -1)
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, -1)
+    return ranks
+
+
+@checked
+def spearman(
+    one: Float[np.ndarray, "*cells n"], other: Float[np.ndarray, "*cells n"]
+) -> Float64[np.ndarray, "*cells"]:
+    """Spearman's rank correlation along the last axis, for every cell at once: the correlation of
+    average ranks. NaN where one of the two is constant or has a single value."""
+    if one.shape[-1] == 0:
+        return np.full(one.shape[:-1], np.nan)
+    ranks = [average_ranks(values) for values in (one, other)]
+    centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
+    spread = [np.sqrt((values**2).sum(-1)) for values in centred]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((centred[0] * centred[1]).sum(-1) / (spread[0] * spread[1]))
+
+
+class Chance(NamedTuple):
+    """How many things two random choices would share.
+
+    Attributes:
+        probabilities: of sharing 0, 1, 2, ...
+        expected: the mean number shared.
+        low: lower bound of the central 95 % of numbers shared.
+        high: upper bound.
+    """
+
+    probabilities: tuple[float, ...]
+    expected: float
+    low: int
+    high: int
+
+    def at_least(self, shared: int) -> float:
+        """The one-sided p-value: how probable it is to share this many or more."""
+        return min(1.0, math.fsum(self.probabilities[max(0, shared) :]))
+
+    def and_also(self, other: "Chance") -> "Chance":
+        """The number shared in two independent pairs of choices together."""
+        return _chance(np.convolve(self.probabilities, other.probabilities))
+
+
+@checked
+def overlap_by_chance(population: int, one: int, other: int) -> Chance:
+    """The hypergeometric distribution of how many of `population` things are in both of two
+    choices, `one` and `other` of them drawn at random without replacement.
+
+    Raises:
+        ValueError: if a choice is larger than the population or negative.
+    """
+    if not 0 <= min(one, other) <= max(one, other) <= population:
+        raise ValueError(f"{one} and {other} can't be chosen of {population}.")
+    # Whole numbers as long as possible: factorials of a thousand heads are too large for floats.
+    ways = [
+        math.comb(one, shared) * math.comb(population - one, other - shared)
+        for shared in range(min(one, other) + 1)
+    ]
+    total = math.comb(population, other)
+    return _chance(np.array([way / total for way in ways]))
+
+
+def _chance(probabilities: np.ndarray) -> Chance:
+    below = probabilities.cumsum()
+    # Rounding of the sum must not push a bound past the last number.
+    low, high = (min(int(np.searchsorted(below, q)), len(below) - 1) for q in (0.025, 0.975))
+    expected = float(probabilities @ np.arange(len(probabilities)))
+    return Chance(tuple(probabilities.tolist()), expected, low, high)

@@ -5,16 +5,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 
 from tests.study.helpers import N_HEADS, N_LAYERS, save_tiny_model
 from tl_entity.heads import Circuit, Head
-from tl_entity.methods.circuits import evaluate
+from tl_entity.methods.circuits import evaluate, mean_head_outputs
+from tl_entity.methods.cmap import cmap
+from tl_entity.methods.knockout import knock_out_attention
 from tl_entity.methods.path_patching import path_patch
 from tl_entity.models.load import load_model
 from tl_entity.study import experiments
 from tl_entity.study.figures import figures_of
+from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.report import command
 from tl_entity.study.reproduce import model_fingerprint, reproduce
 from tl_entity.study.settings import GROUPS, Settings
@@ -51,6 +55,9 @@ def settings(tmp_path_factory) -> Settings:
         boxes=3,
         sizes=TWO_EACH,
         random_circuits=2,
+        mask_pairs=8,
+        draws=1,
+        png=False,
         all_pairs=True,
         seed=3,
     )
@@ -171,12 +178,64 @@ def test_figures_show_the_results(results):
 def test_a_model_beside_itself_has_the_same_circuit(settings, tmp_path):
     twice = Settings(
         base=settings.tuned, tuned=settings.tuned, prompts=4, boxes=2, sizes=TWO_EACH,
-        random_circuits=0, all_pairs=True,
+        random_circuits=0, all_pairs=True, only=("faithfulness", "comparison"), png=False,
     )  # fmt: skip
     results = reproduce(twice, tmp_path)
-    same, scores = results["same_circuit"], results["models"]["tuned"]["faithfulness"]
-    assert same["shared"] == same["first"] == same["second"]
+    same, scores = results["same_circuit"]["whole"], results["models"]["tuned"]["faithfulness"]
+    assert len(same["shared"]) == same["first"] == same["second"]
+    assert same["jaccard"] == 1
+    assert not same["only_first"] and not same["only_second"]
     assert scores["other_circuits"]["base"]["circuit"] == scores["circuit"]
+
+
+def test_experiments_that_were_not_asked_for_are_left_out(settings, tmp_path):
+    few = replace(settings, only=("knockout",), tuned=None, prompts=4, png=True)
+    results = reproduce(few, tmp_path)
+    assert "knockout" in results["models"]["base"]
+    assert not {"faithfulness", "dcm", "minimality"} & set(results["models"]["base"])
+    tables = sorted(path.stem for path in (tmp_path / "tables").glob("*.csv"))
+    assert tables == ["accuracy", "circuits", "knockout"]
+    assert 'id="knockout"' in (tmp_path / "report.html").read_text()
+    pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    pages = {path.stem for path in (tmp_path / "figures").glob("*.html")}
+    assert pictures == pages == {"accuracy", "base_heatmaps", "base_circuit", "base_knockout"}
+
+
+def test_experiments_are_the_methods(settings, results):
+    """Each record is what the method gives on the same prompts and seeds."""
+    base, tuned = load_model(settings.base), load_model(settings.tuned)
+    seeds, record = results["seeds"], results["models"]["base"]
+    prompts = box_prompts(base.tokenizer, 6, n_boxes=3, seed=seeds["faithfulness"])
+    curve = record["knockout"]["curves"][0]
+    accuracy = knock_out_attention(
+        base, prompts, from_position=curve["from"], to_position=curve["to"], engine="hooks"
+    )
+    assert [found["accuracy"] for found in curve["layers"]] == pytest.approx(accuracy.tolist())
+    circuit = Circuit.entity_tracking(**record["circuit"])
+    others = discovery_pairs(base.tokenizer, 6, n_boxes=3, seed=seeds["ablation"]).corrupt
+    means = mean_head_outputs(base, others)
+    without_group = {"last": circuit.value_fetcher}
+    entry = record["completeness"]["entries"][1]
+    assert entry["removed"] == "value_fetcher"
+    for side, how in (("circuit", {"keep": circuit}), ("model", {})):
+        found = evaluate(
+            base, prompts, **how, remove=without_group, mean_outputs=means, engine="hooks"
+        )
+        assert entry[side]["correct"] == int(found.correct.sum())
+    brought = results["cmap"]["tuned_into_base"]["entries"][0]
+    found = cmap(base, tuned, prompts, without_group, engine="hooks")
+    assert (brought["group"], brought["correct"]) == ("value_fetcher", int(found.correct.sum()))
+
+
+def test_tables_are_written_for_people_and_machines(done, results):
+    folder = done[0] / "tables"
+    table = pd.read_csv(folder / "minimality.csv")
+    assert len(table) == sum(
+        len(model["minimality"]["entries"]) for model in results["models"].values()
+    )
+    lines = (folder / "verdict.md").read_text().splitlines()
+    assert lines[0] == "| question | answer | text |"
+    assert len(lines) == 2 + len(results["verdict"])
 
 
 class Links(HTMLParser):
@@ -203,17 +262,18 @@ def test_the_report_needs_nothing_but_itself(done, results):
     inside = [ref for ref in links.references if ref != "data:,"]
     assert inside and all(ref.startswith("#") and ref[1:] in links.ids for ref in inside)
     assert "@import" not in page.split("</style>")[0]
-    drawn = {f"figure-{name}" for name in figures_of(results) if "heatmaps" not in name}
+    figures = {**figures_of(results), **mechanism_figures(results)}
+    drawn = {f"figure-{name}" for name in figures if "heatmaps" not in name}
     assert drawn | {f"figure-base-{group}" for group in GROUPS} <= set(links.ids)
 
 
-def test_names_of_models_are_escaped(done):
+def test_names_of_models_are_escaped(done, results):
     page = (done[0] / "report.html").read_text()
     links = Links()
     links.feed(page)
     assert "first&lt;b&gt;" in page
-    # The only b elements are those of the key.
-    assert links.tags.count("b") == 2
+    # The only b elements are those of the key and the answers of the verdict.
+    assert links.tags.count("b") == 2 + len(results["verdict"]) == 7
 
 
 def test_the_command_to_run_again_gives_the_same_settings(results, settings, tmp_path):

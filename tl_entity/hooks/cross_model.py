@@ -1,33 +1,94 @@
 """Hooks that give one model's heads what another model computes on the same prompts."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, HeadsAt, heads_by_position
-from tl_entity.hooks.edits import Hook, patch_heads
-from tl_entity.hooks.points import check_heads, hook_point
-from tl_entity.hooks.run import record
+from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.edits import Cache, Hook, patch_heads
+from tl_entity.hooks.points import check_heads, hook_point, kv_head, point_and_layer
+from tl_entity.hooks.run import HookFunction, record
 from tl_entity.tasks.batches import PromptBatch
 
-SHARED_SIZES = ("n_layers", "d_model", "n_heads", "n_key_value_heads", "d_head", "d_vocab")
+SHARED_SETTINGS = (
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_key_value_heads",
+    "d_head",
+    "d_mlp",
+    "act_fn",
+    "gated_mlp",
+    "normalization_type",
+    "positional_embedding_type",
+    "rotary_dim",
+    "rotary_base",
+    "rotary_adjacent_pairs",
+)
+"""What two models must have in common for the activations of one to mean the same in the other.
+Rotary tables are compared too, since scaled ones follow from many settings."""
+
+INPUT_POINTS = {"q": "q", "k": "rot_k", "v": "v"}
+"""Where each input of a head is read in the source model's run."""
 
 
 @checked
 def check_same_architecture(one: HookedTransformer, other: HookedTransformer) -> None:
     """Make sure that activations of one model have their place in the other.
 
+    Sizes, kinds of layers and rotary embedding must be the same, and the tokenizers, where both
+    models have one, must write every token that both know as the same number. What only one of
+    them has, such as a padding token that fine-tuning added, does no harm.
+
     Raises:
-        InputError: naming the first size that differs.
+        InputError: naming the first thing that differs.
     """
-    for size in SHARED_SIZES:
-        ours, theirs = getattr(one.cfg, size), getattr(other.cfg, size)
+    for setting in SHARED_SETTINGS:
+        ours, theirs = getattr(one.cfg, setting), getattr(other.cfg, setting)
         if ours != theirs:
             raise InputError(
-                f"The models differ in {size} ({ours} and {theirs}); "
+                f"The models differ in {setting} ({ours} and {theirs}); "
                 "activations can only be patched between models of one architecture."
             )
+    for layer in range(one.cfg.n_layers):
+        if not _same_rotary(one.blocks[layer].attn, other.blocks[layer].attn):
+            raise InputError(
+                f"The models differ in the rotary embedding of layer {layer}; "
+                "activations can only be patched between models of one architecture."
+            )
+    if one.tokenizer is None or other.tokenizer is None:
+        if one.cfg.d_vocab != other.cfg.d_vocab:
+            raise InputError(
+                f"The models differ in d_vocab ({one.cfg.d_vocab} and {other.cfg.d_vocab}) and, "
+                "without both tokenizers, can't be known to share one."
+            )
+        return
+    ours_of: Any = one.tokenizer
+    theirs_of: Any = other.tokenizer
+    our_ids, their_ids = ours_of.get_vocab(), theirs_of.get_vocab()
+    shared = our_ids.keys() & their_ids.keys()
+    differing = sorted((our_ids[t], t) for t in shared if our_ids[t] != their_ids[t])
+    if differing:
+        _, token = differing[0]
+        raise InputError(
+            f"The models differ in their tokenizers: {token!r} is {our_ids[token]} in one and "
+            f"{their_ids[token]} in the other ({len(differing)} such tokens)."
+        )
+    added = ours_of.get_added_vocab().keys() | theirs_of.get_added_vocab().keys()
+    alone = sorted((our_ids.keys() ^ their_ids.keys()) - added)
+    if alone:
+        where = "first" if alone[0] in our_ids else "second"
+        raise InputError(
+            f"The models differ in their tokenizers: only the {where} knows {alone[0]!r} "
+            f"({len(alone)} such tokens)."
+        )
 
 
 @checked
@@ -43,6 +104,9 @@ def patch_from_model(
     """Hooks for `into` that give its heads, at named positions, what `source` computes on the same
     prompts (cross-model activation patching, CMAP; Prakash et al. 2024, §5).
 
+    Vectors are replaced at the named position itself. To let a head attend with another model's
+    keys or values, which stand at all the tokens it reads, see `patch_inputs_from_model`.
+
     Args:
         source: the model read, such as the fine-tuned one.
         into: the model to be run with the hooks, such as the base.
@@ -51,7 +115,8 @@ def patch_from_model(
         point: z for the heads' outputs; q, k or v for what they read.
 
     Raises:
-        InputError: if the models differ in architecture, or a head or position does not exist.
+        InputError: if the models differ in architecture or tokenizer, or a head or position does
+            not exist.
     """
     check_same_architecture(source, into)
     by_position = heads_by_position(heads)
@@ -59,3 +124,300 @@ def patch_from_model(
     check_heads(source, chosen)
     points: dict[str, str | None] = {hook_point(point, head.layer): None for head in chosen}
     return patch_heads(record(source, prompts, points), by_position, into=prompts, point=point)
+
+
+@checked
+@dataclass(frozen=True)
+class ReplaceKeys:
+    """Let some heads, at one token of each prompt, compare their query with other keys.
+
+    One edit for two hook points of a layer: at `q` it takes note of the queries, at `attn_scores`
+    it writes their scores with the other keys. The query stays the run's own; so do the scores of
+    every other token, and of heads that share a key vector. What a token can't see stays hidden.
+
+    Attributes:
+        positions: the token edited in each prompt.
+        heads: indices of the query heads.
+        keys: for every token the key as this token's query sees it: turned by the rotary embedding
+            of the distance between the two (`keys_as_seen`).
+        scale: what scores are divided by.
+        noted: the queries, on their way from the one hook point to the other.
+    """
+
+    positions: Int[Tensor, " batch"]
+    heads: Int[Tensor, " heads"]
+    keys: Float[Tensor, "batch pos heads d_head"]
+    scale: float
+    noted: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        point, _ = point_and_layer(hook.name)
+        batch, length, _, d_head = self.keys.shape
+        if point == "q":
+            _check_axes(activation, hook, (batch, None, None, d_head))
+            self.noted[:] = [activation[_entries(self, activation, hook, token_axis=1)]]
+            return activation
+        _check_point(self, point, "attn_scores", hook)
+        _check_axes(activation, hook, (batch, None, None, length))
+        at = _entries(self, activation, hook, token_axis=2)
+        queries = _take(self.noted, hook)
+        scores = torch.einsum("bhd,bkhd->bhk", queries, self.keys.to(queries)) / self.scale
+        edited = activation.clone()
+        hidden = activation[at].isneginf()
+        edited[at] = scores.to(activation).masked_fill(hidden, float("-inf"))
+        return edited
+
+
+@checked
+@dataclass(frozen=True)
+class ReplaceValues:
+    """Let some heads, at one token of each prompt, put out other values, weighed as they attend.
+
+    One edit for two hook points of a layer: at `attn_scores` it takes note of how the heads attend,
+    at `z` it writes the mean of the other values with these weights. The weights stay the run's
+    own; so does what every other token puts out, and heads that share a value vector.
+
+    Attributes:
+        positions: the token edited in each prompt.
+        heads: indices of the query heads.
+        values: the other value of every token.
+        noted: the attention weights, on their way from the one hook point to the other.
+    """
+
+    positions: Int[Tensor, " batch"]
+    heads: Int[Tensor, " heads"]
+    values: Float[Tensor, "batch pos heads d_head"]
+    noted: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        point, _ = point_and_layer(hook.name)
+        batch, length, _, d_head = self.values.shape
+        if point == "attn_scores":
+            _check_axes(activation, hook, (batch, None, None, length))
+            scores = activation[_entries(self, activation, hook, token_axis=2)]
+            self.noted[:] = [scores.softmax(-1)]
+            return activation
+        _check_point(self, point, "z", hook)
+        _check_axes(activation, hook, (batch, None, None, d_head))
+        weights = _take(self.noted, hook)
+        values = self.values.to(weights)
+        edited = activation.clone()
+        at = _entries(self, activation, hook, token_axis=1)
+        edited[at] = torch.einsum("bhk,bkhd->bhd", weights, values).to(activation)
+        return edited
+
+
+@checked
+def patch_inputs_from_model(
+    source: HookedTransformer,
+    into: HookedTransformer,
+    prompts: PromptBatch,
+    heads: Circuit | HeadsAt,
+    *,
+    inputs: str,
+) -> list[tuple[str, HookFunction]]:
+    """Hooks for `into` by which its heads, each at its named position, attend with the queries,
+    keys or values that `source` computes on the same prompts (CMAP of q, k and v; Prakash et al.
+    2024, §5).
+
+    What a head puts out at its position p is sum_j softmax_j(q[p] · k[j] / scale) v[j], over the
+    tokens j up to p. Of q[p], all k[j] and all v[j], those named in `inputs` are the source's, for
+    this head alone; the others are what the patched run itself computes. The head's output at other
+    tokens, and heads that share its keys and values, change only through what comes before them.
+    With all three, the output at p is the source's own.
+
+    Args:
+        source: the model read.
+        into: the model to be run with the hooks.
+        prompts: the prompts of both runs.
+        heads: a circuit, or heads by named position.
+        inputs: some of the letters q, k, v, such as "qk".
+
+    Raises:
+        InputError: as `patch_from_model`; if `inputs` is none of these; or for k or v if the models
+            do more with queries, keys or scores than a Llama.
+    """
+    check_same_architecture(source, into)
+    by_position = heads_by_position(heads)
+    chosen = [head for at in by_position.values() for head in at]
+    check_heads(source, chosen)
+    with torch.no_grad():
+        cache = record(source, prompts, input_points(chosen, inputs))
+    return input_hooks(cache, into, prompts, by_position, inputs=inputs)
+
+
+@checked
+def input_points(heads: Sequence[Head], inputs: str) -> dict[str, str | None]:
+    """The hook points that `input_hooks` reads, for `record`.
+
+    Raises:
+        InputError: if `inputs` is not made of different letters of q, k, v.
+    """
+    _check_inputs(inputs)
+    layers = sorted({head.layer for head in heads})
+    return {hook_point(INPUT_POINTS[which], layer): None for which in inputs for layer in layers}
+
+
+@checked
+def input_hooks(
+    cache: Cache,
+    into: HookedTransformer,
+    prompts: PromptBatch,
+    heads: Circuit | HeadsAt,
+    *,
+    inputs: str,
+) -> list[tuple[str, HookFunction]]:
+    """`patch_inputs_from_model` from a recorded run of the source on the same prompts.
+
+    Args:
+        cache: the source's activations at `input_points`.
+        into: the model to be run with the hooks.
+        prompts: the prompts of both runs.
+        heads: a circuit, or heads by named position.
+        inputs: some of the letters q, k, v.
+
+    Raises:
+        InputError: as `patch_inputs_from_model`; or if the cache lacks a hook point.
+    """
+    _check_inputs(inputs)
+    if set(inputs) & {"k", "v"}:
+        _check_plain_attention(into)
+    hooks: list[tuple[str, HookFunction]] = []
+    if "q" in inputs:
+        hooks += patch_heads(cache, heads, into=prompts, point="q")
+    for position, at in heads_by_position(heads).items():
+        where = prompts.position(position)
+        for layer in sorted({head.layer for head in at}):
+            indices = [head.head for head in at if head.layer == layer]
+            # Keys ahead of values: the weights that values get are those of the other keys.
+            if "k" in inputs:
+                keys = _of_heads(cache, "rot_k", layer, indices, into)
+                edit = ReplaceKeys(
+                    where,
+                    torch.tensor(indices),
+                    keys_as_seen(into, prompts, layer, keys, where),
+                    float(into.blocks[layer].attn.attn_scale),
+                )
+                hooks += [(hook_point(name, layer), edit) for name in ("q", "attn_scores")]
+            if "v" in inputs:
+                values = _of_heads(cache, "v", layer, indices, into)
+                edit = ReplaceValues(where, torch.tensor(indices), values)
+                hooks += [(hook_point(name, layer), edit) for name in ("attn_scores", "z")]
+    return hooks
+
+
+@checked
+def keys_as_seen(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    layer: int,
+    keys: Float[Tensor, "batch pos heads d_head"],
+    positions: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch pos heads d_head"]:
+    """Keys turned back by the rotary embedding of one token of each prompt, so that their product
+    with that token's query as it is ahead of its own rotary embedding is the attention score.
+
+    Args:
+        model: the model, for its rotary embedding.
+        prompts: the prompts, for their padding.
+        layer: the layer.
+        keys: keys after the rotary embedding (`rot_k`).
+        positions: the token of each prompt that sees them.
+    """
+    attn = model.blocks[layer].attn
+    dim = model.cfg.rotary_dim
+    # The rotary embedding counts tokens without padding.
+    index = (prompts.mask.long().cumsum(1) - 1).gather(
+        1, positions[:, None].to(prompts.mask.device)
+    )
+    index = index.to(keys.device)
+    turned, rest = keys[..., :dim], keys[..., dim:]
+    cos = attn.rotary_cos.to(keys)[index][:, :, None]
+    sin = attn.rotary_sin.to(keys)[index][:, :, None]
+    turned = turned * cos - attn.rotate_every_two(turned) * sin
+    return torch.cat([turned, rest], -1)
+
+
+def _same_rotary(one: Any, other: Any) -> bool:
+    if not hasattr(one, "rotary_cos"):
+        return True
+    # TransformerLens lengthens the tables as prompts need it.
+    length = min(len(one.rotary_cos), len(other.rotary_cos))
+    return all(
+        torch.allclose(ours[:length].float(), theirs[:length].float().to(ours.device), atol=1e-2)
+        for ours, theirs in ((one.rotary_cos, other.rotary_cos), (one.rotary_sin, other.rotary_sin))
+    )
+
+
+def _check_inputs(inputs: str) -> None:
+    if not inputs or len(set(inputs)) != len(inputs) or not set(inputs) <= set(INPUT_POINTS):
+        raise InputError(f"{inputs!r} is not made of different letters of q, k and v.")
+
+
+def _check_plain_attention(model: HookedTransformer) -> None:
+    cfg = model.cfg
+    obstacles: Mapping[str, bool] = {
+        "its positions are not rotary": cfg.positional_embedding_type != "rotary",
+        "it normalises queries and keys": bool(cfg.use_qk_norm)
+        or cfg.original_architecture
+        in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"),
+        "it rescales queries with length": bool(getattr(cfg, "use_logn_attn", False)),
+        "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
+        "its attention scores are capped": cfg.attn_scores_soft_cap > 0,
+        "it has attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
+    }
+    for reason, applies in obstacles.items():
+        if applies:
+            raise InputError(f"Keys and values can't be patched in this model: {reason}.")
+
+
+def _of_heads(
+    cache: Cache, name: str, layer: int, heads: Sequence[int], model: HookedTransformer
+) -> Float[Tensor, "batch pos heads d_head"]:
+    full_name = hook_point(name, layer)
+    if full_name not in cache:
+        raise InputError(f"The cache lacks {full_name}; record it in the run to be read.")
+    activation = cache[full_name]
+    # Shared key-value heads, or, within `separate_kv_heads`, one for each query head.
+    apart = activation.shape[2] == model.cfg.n_heads
+    return activation[:, :, [head if apart else kv_head(model.cfg, head) for head in heads]]
+
+
+def _entries(
+    edit: ReplaceKeys | ReplaceValues, activation: Tensor, hook: Any, *, token_axis: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the edited (prompt, token, head) entries, axes in the activation's order."""
+    for indices, axis in ((edit.positions, token_axis), (edit.heads, 3 - token_axis)):
+        if len(indices) and int(indices.max()) >= activation.shape[axis]:
+            raise InputError(
+                f"{hook.name} has shape {tuple(activation.shape)}; the edit is made for token "
+                f"{int(edit.positions.max())} and head {int(edit.heads.max())}."
+            )
+    device = activation.device
+    rows = torch.arange(len(edit.positions), device=device)[:, None]
+    tokens, heads = edit.positions.to(device)[:, None], edit.heads.to(device)[None]
+    return (rows, tokens, heads) if token_axis == 1 else (rows, heads, tokens)
+
+
+def _take(noted: list[Tensor], hook: Any) -> Tensor:
+    if not noted:
+        raise InputError(
+            f"The edit at {hook.name} needs what it notes at an earlier hook point; "
+            "run both of its hooks."
+        )
+    return noted.pop()
+
+
+def _check_point(edit: object, point: str, wanted: str, hook: Any) -> None:
+    if point != wanted:
+        raise InputError(f"{type(edit).__name__} makes no edit at {hook.name}.")
+
+
+def _check_axes(activation: Tensor, hook: Any, sizes: tuple[int | None, ...]) -> None:
+    if activation.ndim != 4 or any(
+        size not in (None, got) for size, got in zip(sizes, activation.shape, strict=True)
+    ):
+        shown = ", ".join("any" if size is None else str(size) for size in sizes)
+        raise InputError(
+            f"{hook.name} has shape {tuple(activation.shape)}; the edit is made for ({shown})."
+        )

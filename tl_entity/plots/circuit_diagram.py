@@ -105,14 +105,24 @@ def circuit_diagram(
         figure.add_scatter(
             x=[x],
             y=[y],
-            mode="markers+text",
+            mode="markers",
             name=node.name,
-            text=[f"<b>{node.name}</b><br>{named}" + (node.carries and f"<br>{node.carries}")],
-            textposition="middle left",
-            textfont={"size": 12, "color": INK},
             marker={"size": 18, "color": colour, "line": {"color": "white", "width": 2}},
             hovertemplate=f"{node.name}<br>{' '.join(map(str, node.heads))}<extra></extra>",
             showlegend=False,
+        )
+        figure.add_annotation(
+            x=x,
+            y=y,
+            text=f"<b>{node.name}</b><br>{named}" + (node.carries and f"<br><i>{node.carries}</i>"),
+            showarrow=False,
+            align="right",
+            xanchor="right",
+            yanchor="bottom",
+            xshift=-10,
+            yshift=6,
+            bgcolor="white",
+            font={"size": 12, "color": INK},
         )
     figure.add_scatter(
         x=[answer[0]],

@@ -162,14 +162,34 @@ def attention_heatmap(
     title: str,
 ) -> go.Figure:
     """Mean attention weight of heads (rows) on named positions (columns); NaN leaves a gap."""
+    return share_heatmap(rows, columns, weights, title=title, name="weight", joint="to ")
+
+
+@checked
+def share_heatmap(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    shares: Float[np.ndarray, "row column"],
+    *,
+    title: str,
+    name: str,
+    joint: str = "",
+) -> go.Figure:
+    """Shares from 0 to 1 as a table of shaded cells, read from top to bottom; NaN leaves a gap.
+
+    Args:
+        rows: names of the rows.
+        columns: names of the columns.
+        shares: the shares.
+        title: above all.
+        name: what the shares are.
+        joint: what stands ahead of a column's name in a sentence with its row's.
+    """
     few = len(rows) <= 40
-    text = [
-        ["" if math.isnan(w) or w < 0.005 else f"{w:.2f}" for w in row] for row in weights.tolist()
-    ]
-    # Read from top to bottom, as a table.
+    text = [["" if math.isnan(w) else f"{w:.2f}" for w in row] for row in shares.tolist()]
     figure = go.Figure(
         go.Heatmap(
-            z=weights[::-1],
+            z=shares[::-1],
             x=list(columns),
             y=list(range(len(rows))),
             zmin=0,
@@ -180,15 +200,16 @@ def attention_heatmap(
             text=text[::-1],
             texttemplate="%{text}" if few else None,
             customdata=[[row] * len(columns) for row in rows][::-1],
-            hovertemplate="%{customdata}<br>to %{x}: %{z:.3f}<extra></extra>",
+            hovertemplate="%{customdata}<br>" + joint + "%{x}: %{z:.3f}<extra></extra>",
             hoverongaps=False,
-            colorbar={"title": {"text": "weight"}, "thickness": 12},
+            colorbar={"title": {"text": name}, "thickness": 12},
         )
     )
     figure.update_layout(
         template=STYLE,
         title_text=title,
-        height=max(220, 110 + (24 if few else 14) * len(rows)),
+        # Many columns have their names written aslant, which takes room below.
+        height=max(220, (110 if len(columns) <= 8 else 190) + (24 if few else 14) * len(rows)),
         margin={"l": 60, "r": 20, "t": 50, "b": 40},
         plot_bgcolor="#f3f4f6",
     )

@@ -1,6 +1,6 @@
 """The experiments of the main job: each a small step from a model to a record and its tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from tl_entity.methods.circuits import (
     random_circuits,
     recall_by_group,
 )
-from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, discover_circuit
+from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, Discovery, discover_circuit
 from tl_entity.methods.path_patching import HeadScores, path_patch
 from tl_entity.study.settings import FEWEST_PAIRS, Settings, stream_seed
 from tl_entity.study.store import Outcome, Record, Store
@@ -145,7 +145,7 @@ def measure_accuracy(bench: Bench) -> Record:
         with bench.progress(f"{bench.role}: accuracy", len(counts) * s.prompts) as done:
             for n in counts:
                 prompts = box_prompts(bench.tokenizer, s.prompts, n_boxes=n, seed=seeds[n])
-                found[str(n)] = _accuracy(bench.evaluate(prompts))
+                found[str(n)] = accuracy_record(bench.evaluate(prompts))
                 done(s.prompts)
         return found, {}
 
@@ -197,7 +197,7 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
     return pairs[tensors["kept"]], record
 
 
-def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit, Record]:
+def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discovery, Record]:
     """Four-stage discovery, each stage kept as soon as it is done."""
     s = bench.settings
     stages = iter(ENTITY_TRACKING_STAGES)
@@ -262,12 +262,12 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Circuit
             "position": stage.position,
             "into": stage.into,
             "receiver_input": stage.receiver_input,
-            "receivers": None if scores.receivers is None else _pairs(scores.receivers),
+            "receivers": None if scores.receivers is None else heads_record(scores.receivers),
             "top_layer": scores.top_layer,
             "scores": scores.scores.tolist(),
             "intervals": scores.intervals.tolist(),
         }
-    return discovery.circuit, record
+    return discovery, record
 
 
 def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Circuit]) -> Record:
@@ -285,8 +285,8 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
     def scored(circuit: Circuit | HeadsAt, whole: Evaluation) -> Record:
         found = Faithfulness.of(bench.evaluate(prompts, circuit), whole, seed=seeds["bootstrap"])
         return {
-            "circuit": _accuracy(found.of_circuit),
-            "model": _accuracy(found.of_model),
+            "circuit": accuracy_record(found.of_circuit),
+            "model": accuracy_record(found.of_model),
             "faithfulness": found.value,
             "interval": list(found.interval),
         }
@@ -317,15 +317,15 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
             "mean": sum(accuracies) / len(accuracies) if accuracies else None,
             "lowest": min(accuracies, default=None),
             "highest": max(accuracies, default=None),
-            "circuits": [_groups(control) for control in drawn],
+            "circuits": [groups_record(control) for control in drawn],
         }
         return record, {}
 
     prompts = bench.test_prompts()
     inputs = {
         **asked,
-        "circuit": _groups(circuit),
-        "others": {role: _groups(other) for role, other in others.items()},
+        "circuit": groups_record(circuit),
+        "others": {role: groups_record(other) for role, other in others.items()},
         "random": s.random_circuits,
     }
     return bench.step("faithfulness", inputs, compute)[0]
@@ -349,7 +349,7 @@ def look_at_attention(bench: Bench, circuit: Circuit) -> Record:
                 )
                 record[group.name] = {
                     "from": seen.from_position,
-                    "heads": _pairs(seen.heads),
+                    "heads": heads_record(seen.heads),
                     "to": list(seen.names),
                     "weights": seen.weights.tolist(),
                     "common_offset": seen.common_offset.tolist(),
@@ -362,7 +362,7 @@ def look_at_attention(bench: Bench, circuit: Circuit) -> Record:
         "prompts": s.prompts,
         "boxes": s.boxes,
         "seed": bench.seeds["faithfulness"],
-        "circuit": _groups(circuit),
+        "circuit": groups_record(circuit),
     }
     return bench.step("attention", inputs, compute)[0]
 
@@ -372,10 +372,10 @@ def compare_with_planted(circuit: Circuit, known: Circuit) -> Record:
     recall = recall_by_group(circuit, known)
     groups = {
         group.name: {
-            "planted": _pairs(group.heads),
-            "found": _pairs(recall[group.name][0]),
-            "missed": _pairs(recall[group.name][1]),
-            "not_planted": _pairs(
+            "planted": heads_record(group.heads),
+            "found": heads_record(recall[group.name][0]),
+            "missed": heads_record(recall[group.name][1]),
+            "not_planted": heads_record(
                 tuple(head for head in circuit[group.name] if head not in group.heads)
             ),
         }
@@ -392,32 +392,8 @@ def compare_with_planted(circuit: Circuit, known: Circuit) -> Record:
     }
 
 
-def compare_circuits(first: Circuit, second: Circuit, n_heads: int) -> Record:
-    """Heads that two circuits share, by group, and how many two random choices would."""
-    groups = {}
-    for group in first:
-        mine, other = set(group.heads), set(second[group.name])
-        groups[group.name] = {
-            "first": len(mine),
-            "second": len(other),
-            "shared": _pairs(tuple(sorted(mine & other))),
-            "only_first": _pairs(tuple(sorted(mine - other))),
-            "only_second": _pairs(tuple(sorted(other - mine))),
-            "shared_by_chance": len(mine) * len(other) / n_heads,
-        }
-    shared = sum(len(group["shared"]) for group in groups.values())
-    union = len(first) + len(second) - shared
-    return {
-        "groups": groups,
-        "first": len(first),
-        "second": len(second),
-        "shared": shared,
-        "shared_by_chance": sum(group["shared_by_chance"] for group in groups.values()),
-        "jaccard": shared / union if union else None,
-    }
-
-
-def _accuracy(evaluation: Evaluation) -> Record:
+def accuracy_record(evaluation: Evaluation) -> Record:
+    """An accuracy with its count and interval."""
     return {
         "correct": int(evaluation.correct.sum()),
         "prompts": len(evaluation),
@@ -426,9 +402,11 @@ def _accuracy(evaluation: Evaluation) -> Record:
     }
 
 
-def _pairs(heads: tuple[Head, ...] | list[Head] | Any) -> list[list[int]]:
+def heads_record(heads: Iterable[Head]) -> list[list[int]]:
+    """Heads as `[layer, head]` pairs."""
     return [list(head) for head in heads]
 
 
-def _groups(circuit: Circuit) -> dict[str, list[list[int]]]:
-    return {group.name: _pairs(group.heads) for group in circuit}
+def groups_record(circuit: Circuit) -> dict[str, list[list[int]]]:
+    """A circuit's heads by group."""
+    return {group.name: heads_record(group.heads) for group in circuit}

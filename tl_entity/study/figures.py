@@ -59,9 +59,11 @@ def figures_of(results: dict[str, Any]) -> dict[str, go.Figure]:
             title=f"{model['label']}: how much the answer needs each head (path patching)",
             limits=[limits[group] for group in GROUPS],
         )
-    figures["faithfulness"] = _faithfulness(models, boxes)
+    if all("faithfulness" in model for model in models.values()):
+        figures["faithfulness"] = _faithfulness(models, boxes)
     for role, model in models.items():
-        figures[f"{role}_attention"] = _attention(model)
+        if "attention" in model:
+            figures[f"{role}_attention"] = _attention(model)
     return figures
 
 

@@ -31,6 +31,28 @@ PUBLISHED: tuple[PublishedModel, ...] = (
 RANDOM_CIRCUIT_ACCURACY = (0.0, 0.01)
 """From lowest to highest, of random circuits of the sizes of Llama's."""
 
+PUBLISHED_CMAP: dict[str, dict[str, float]] = {
+    "Goat-7B": {
+        "whole circuit": 0.82,
+        "value_fetcher": 0.82,
+        "pos_transmitter": 0.78,
+        "pos_detector": 0.62,
+        "struct_reader": 0.65,
+    },
+    "FLoat-7B": {
+        "whole circuit": 0.82,
+        "value_fetcher": 0.82,
+        "pos_transmitter": 0.74,
+        "pos_detector": 0.56,
+        "struct_reader": 0.65,
+    },
+}
+"""Llama-7B's accuracy with head outputs of a fine-tune, by fine-tune and by group."""
+
+PUBLISHED_KNOCKOUT: dict[int, float] = {16: 0.06, 20: 0.21, 24: 0.56, 31: 0.65}
+"""Llama-7B's accuracy when the last token no longer sees the correct object from a layer up, by
+that layer (of 32, counted from 1)."""
+
 CITATION = (
     "Prakash, Shaham, Haklay, Belinkov, Bau: Fine-Tuning Enhances Existing Mechanisms: "
     "A Case Study on Entity Tracking. ICLR 2024, arXiv 2402.14811"

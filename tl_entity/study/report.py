@@ -1,11 +1,9 @@
 """report.html: one page that needs nothing but itself, made from the content of results.json."""
 
 import json
-import math
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import plotly.graph_objects as go
@@ -19,22 +17,33 @@ from tl_entity.study.figures import (
     sorted_counts,
     stage_title,
 )
+from tl_entity.study.html import (
+    MINUS,
+    NO_VALUE,
+    figure_element,
+    heads_html,
+    page,
+    percent_text,
+    ratio_text,
+    share_text,
+    table,
+)
+from tl_entity.study.mechanism_report import mechanism_sections, verdict_section
 from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURACY
 from tl_entity.study.settings import GROUPS
+from tl_entity.study.verdict import headline
 
 PLANTED_NOTE = (
     "was planted: we trained the model ourselves, and guided the attention of chosen heads in "
     "training. That makes this a test of the method, whose right answer is known; it is no "
     "evidence on what training brings about by itself."
 )
-NO_VALUE, MINUS = "&ndash;", "&minus;"
-_NONE = '<span class="soft">none</span>'
 
 
 def figure_page(figure: go.Figure, name: str) -> str:
     """A page of one figure, beside plotly.min.js in the same folder."""
     layout: Any = figure.layout
-    return _page(
+    return page(
         str(layout.title.text or name),
         f'<script src="{plotly_script().name}"></script>',
         figure_html(figure, name),
@@ -55,16 +64,22 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
     title = " and ".join(models[role]["label"] for role in roles)
     sections: list[tuple[str, str, str]] = [
         ("accuracy", "Accuracy", _accuracy_section(content, figures)),
-        ("circuits", "Circuits", _circuits_section(content)),
-        ("faithfulness", "Faithfulness", _faithfulness_section(content, figures)),
+        ("circuits", "Circuits", _circuits_section(content, figures)),
     ]
+    if _has(models, "faithfulness"):
+        sections.append(("faithfulness", "Faithfulness", _faithfulness_section(content, figures)))
     if content["same_circuit"] is not None:
         sections.append(("same", "The same heads?", _same_section(content)))
-    sections.append(("attention", "Attention", _attention_section(content, figures)))
+    if _has(models, "attention"):
+        sections.append(("attention", "Attention", _attention_section(content, figures)))
+    sections += mechanism_sections(content, figures)
     if any(model["planted"] for model in models.values()):
         sections.append(("planted", "Planted heads", _planted_section(content)))
+    if content["verdict"]:
+        sections.append(("verdict", "The verdict", verdict_section(content)))
+    if _has(models, "faithfulness"):
+        sections.append(("paper", "Beside the paper", _paper_section(content)))
     sections += [
-        ("paper", "Beside the paper", _paper_section(content)),
         ("again", "Settings, versions, running it again", _settings_section(content)),
     ]
     links = "".join(f'<a href="#{name}">{escape(text)}</a> ' for name, text, _ in sections)
@@ -81,7 +96,7 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
             for name, text, html in sections
         )
     )
-    return _page(
+    return page(
         f"Entity tracking in {title}",
         f"<script>{plotly_script().read_text(encoding='utf-8')}</script>",
         body,
@@ -93,34 +108,23 @@ def summary(results: dict[str, Any]) -> list[str]:
     models, boxes = results["models"], results["settings"]["boxes"]
     lines = []
     for model in models.values():
-        found = model["faithfulness"]
         sizes = "/".join(str(len(model["circuit"][group])) for group in GROUPS)
         lines.append(
-            f"{model['label']}: accuracy {_share(model['accuracy'][str(boxes)])} on {boxes} boxes"
+            f"{model['label']}: accuracy {share_text(model['accuracy'][str(boxes)])} "
+            f"on {boxes} boxes"
         )
-        control = found["random"]
-        beside = f", random circuits {control['mean']:.3f}" if control["accuracies"] else ""
-        lines.append(
-            f"{model['label']}: circuit of {_size(model)} heads ({sizes}), faithfulness "
-            f"{_ratio(found)}{beside}"
-        )
-    same = results["same_circuit"]
-    if same is not None:
-        lines.append(
-            f"shared by both circuits: {same['shared']} heads "
-            f"(by chance {same['shared_by_chance']:.1f})"
-        )
+        line = f"{model['label']}: circuit of {_size(model)} heads ({sizes})"
+        if "faithfulness" in model:
+            control = model["faithfulness"]["random"]
+            beside = f", random circuits {control['mean']:.3f}" if control["accuracies"] else ""
+            line += f", faithfulness {ratio_text(model['faithfulness'])}{beside}"
+        lines.append(line)
+    lines += [f"{finding['question']} {finding['answer']}" for finding in results["verdict"]]
     return lines
 
 
-def _page(title: str, script: str, body: str) -> str:
-    style = files("tl_entity.study").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>\n<style>{style}</style>\n'
-        f"{script}\n</head><body>\n{body}\n</body></html>\n"
-    )
+def _has(models: dict[str, Any], experiment: str) -> bool:
+    return all(experiment in model for model in models.values())
 
 
 def _notes(models: dict[str, Any], problem: str | None) -> Iterable[str]:
@@ -135,11 +139,13 @@ def _lead(content: dict[str, Any]) -> str:
     models, boxes = content["models"], content["settings"]["boxes"]
     sentences = []
     answers = [
-        f"{escape(model['label'])} answers {_percent(model['accuracy'][str(boxes)])}"
+        f"{escape(model['label'])} answers {percent_text(model['accuracy'][str(boxes)])}"
         for model in models.values()
     ]
     sentences.append(f"On {boxes} boxes {' and '.join(answers)} of the prompts right.")
     for model in models.values():
+        if "faithfulness" not in model:
+            continue
         found = model["faithfulness"]
         total = model["n_layers"] * model["n_heads"]
         control = found["random"]
@@ -151,23 +157,15 @@ def _lead(content: dict[str, Any]) -> str:
         )
         sentences.append(
             f"The circuit found in {escape(model['label'])}, {_size(model)} of {total} heads, "
-            f"answers {_percent(found['circuit'])} with all else ablated: "
-            f"a faithfulness of {_ratio(found)}{beside}. With every head kept at the circuit's "
-            f"positions, whatever it does, it would be {_ratio(found['every_head'])}: "
+            f"answers {percent_text(found['circuit'])} with all else ablated: "
+            f"a faithfulness of {ratio_text(found)}{beside}. With every head kept at the circuit's "
+            f"positions, whatever it does, it would be {ratio_text(found['every_head'])}: "
             "what lies beyond is done at other tokens."
         )
-    same = content["same_circuit"]
-    if same is not None:
+    if content["verdict"]:
         sentences.append(
-            f"The two circuits share {same['shared']} heads, where {same['first']} and "
-            f"{same['second']} heads drawn at random would share {same['shared_by_chance']:.1f}."
+            f'<a href="#verdict">The verdict</a>: {escape(headline(content["verdict"]))}'
         )
-    for role, model in models.items():
-        for other, score in model["faithfulness"]["other_circuits"].items():
-            sentences.append(
-                f"The {escape(other)} model's circuit, run inside the {escape(role)} model, has a "
-                f"faithfulness of {_ratio(score)} there."
-            )
     return " ".join(sentences)
 
 
@@ -176,17 +174,18 @@ def _accuracy_section(content: dict[str, Any], figures: dict[str, go.Figure]) ->
     prompts = content["settings"]["prompts"]
     counts = [n for n, _ in sorted_counts(next(iter(models.values())))]
     rows = [
-        [escape(n), *(_share(model["accuracy"][n]) for model in models.values())] for n in counts
+        [escape(n), *(share_text(model["accuracy"][n]) for model in models.values())]
+        for n in counts
     ]
     return (
         f"<p>Share of {prompts} random prompts whose most likely next token, of the whole "
         "vocabulary, is the right object.</p>"
-        + _figure(figures, "accuracy", "Bars: 95 % Wilson intervals.")
-        + _table(["boxes", *(escape(model["label"]) for model in models.values())], rows)
+        + figure_element(figures, "accuracy", "Bars: 95 % Wilson intervals.")
+        + table(["boxes", *(escape(model["label"]) for model in models.values())], rows)
     )
 
 
-def _circuits_section(content: dict[str, Any]) -> str:
+def _circuits_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
     planted = any(model["planted"] for model in content["models"].values())
     known = '<b><span class="known"></span>planted</b>' if planted else ""
     return (
@@ -198,13 +197,13 @@ def _circuits_section(content: dict[str, Any]) -> str:
         '<p class="key soft">Red: the answer needs the head. Blue: it does better without.'
         f' <b><span class="chosen"></span>chosen</b> {known}'
         ' <b><span class="hatched"></span>cannot reach the receivers</b></p>'
-        + "".join(_circuit(content, role) for role in content["models"])
+        + "".join(_circuit(content, role, figures) for role in content["models"])
         + '<p class="soft">A head chosen in two groups at one position counts for the later stage, '
         "so that a group can be smaller than asked for.</p>"
     )
 
 
-def _circuit(content: dict[str, Any], role: str) -> str:
+def _circuit(content: dict[str, Any], role: str, figures: dict[str, go.Figure]) -> str:
     model = content["models"][role]
     pairs = model["pairs"]
     chosen_from = (
@@ -225,8 +224,8 @@ def _circuit(content: dict[str, Any], role: str) -> str:
                 escape(position_words(stage["position"])),
                 "logits"
                 if stage["receivers"] is None
-                else f"{stage['receiver_input']} of {_heads(stage['receivers'])}",
-                _heads(heads),
+                else f"{stage['receiver_input']} of {heads_html(stage['receivers'])}",
+                heads_html(heads),
                 _span_of_scores(stage, heads),
             ]
         )
@@ -238,9 +237,16 @@ def _circuit(content: dict[str, Any], role: str) -> str:
     return (
         f"<h3>{escape(model['label'])}</h3><p>{chosen_from}</p>"
         f'<div class="pair">{plots}</div>'
-        + _table(
+        + table(
             ["group", "at", "patched into", "heads chosen, the most important first", "scores"],
             rows,
+        )
+        + figure_element(
+            figures,
+            f"{role}_circuit",
+            "The circuit over a short prompt: each group above the token where it sits, at the "
+            "mean layer of its heads. Arrows: what each was patched into. In italics what patching "
+            "shows it to carry.",
         )
     )
 
@@ -250,16 +256,21 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
     for model in content["models"].values():
         found = model["faithfulness"]
         name = escape(model["label"])
-        rows.append([name, "whole model", _share(found["model"]), ""])
+        rows.append([name, "whole model", share_text(found["model"]), ""])
         rows.append(
-            [name, f"its circuit ({_size(model)} heads)", _share(found["circuit"]), _ratio(found)]
+            [
+                name,
+                f"its circuit ({_size(model)} heads)",
+                share_text(found["circuit"]),
+                ratio_text(found),
+            ]
         )
         rows.append(
             [
                 name,
                 "every head at the circuit's positions",
-                _share(found["every_head"]["circuit"]),
-                _ratio(found["every_head"]),
+                share_text(found["every_head"]["circuit"]),
+                ratio_text(found["every_head"]),
             ]
         )
         for other, score in found["other_circuits"].items():
@@ -267,8 +278,8 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
                 [
                     name,
                     f"circuit of the {escape(other)} model",
-                    _share(score["circuit"]),
-                    _ratio(score),
+                    share_text(score["circuit"]),
+                    ratio_text(score),
                 ]
             )
         control = found["random"]
@@ -290,43 +301,59 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
         "the circuit set to its mean output, at every token; and the circuit's own heads too, "
         "except at their own position. Faithfulness is this accuracy over the whole model's. No "
         "circuit at these positions can be expected to do better than every head kept there.</p>"
-        + _figure(
+        + figure_element(
             figures,
             "faithfulness",
             "95 % Wilson intervals; for random circuits, from the lowest to the highest.",
         )
-        + _table(["model", "what is left", "accuracy", "faithfulness"], rows)
+        + table(["model", "what is left", "accuracy", "faithfulness"], rows)
     )
 
 
 def _same_section(content: dict[str, Any]) -> str:
     same, names = content["same_circuit"], [m["label"] for m in content["models"].values()]
+    parts = {**{group: same["groups"][group] for group in GROUPS}, "whole circuit": same["whole"]}
     rows = [
         [
-            f"{LETTERS[group]} <code>{group}</code>",
-            _heads(found["shared"]),
-            _heads(found["only_first"]),
-            _heads(found["only_second"]),
+            f"{LETTERS[name]} <code>{name}</code>" if name in LETTERS else name,
+            heads_html(found["shared"]),
+            heads_html(found["only_first"]),
+            heads_html(found["only_second"]),
             f"{found['shared_by_chance']:.2f}",
+            f"{found['p_value']:.2g}",
+            _with_interval(found, "jaccard"),
+            _with_interval(found, "rank_correlation"),
         ]
-        for group, found in ((group, same["groups"][group]) for group in GROUPS)
+        for name, found in parts.items()
     ]
-    jaccard = NO_VALUE if same["jaccard"] is None else f"{same['jaccard']:.2f}"
     return (
-        f"<p>{same['shared']} heads are in the same group of both circuits: a Jaccard index of "
-        f"{jaccard}. Circuits of these sizes drawn at random would share "
-        f"{same['shared_by_chance']:.1f} on average.</p>"
-        + _table(
+        "<p>Heads in the same group of both circuits, beside how many two circuits of these sizes "
+        "drawn at random would share (hypergeometric), and how probable it is that chance shares "
+        "as many. The rank correlation is Spearman's, of the score maps over the heads that can "
+        "reach the receivers in both models. Intervals are bootstraps over the pairs, the heads "
+        "chosen anew each time.</p>"
+        + table(
             [
                 "group",
                 "in both",
                 f"only {escape(names[0])}",
                 f"only {escape(names[1])}",
                 "by chance",
+                "p",
+                "Jaccard index",
+                "rank correlation",
             ],
             rows,
         )
     )
+
+
+def _with_interval(found: dict[str, Any], measure: str) -> str:
+    value, (low, high) = found[measure], found[f"{measure}_interval"]
+    if value is None:
+        return NO_VALUE
+    bounds = "" if low is None else f" [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}{bounds}".replace("-", MINUS)
 
 
 def _attention_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
@@ -354,11 +381,11 @@ def _attention_section(content: dict[str, Any], figures: dict[str, go.Figure]) -
                     ]
                 )
         parts.append(
-            _figure(figures, f"{role}_attention", "Rows add up to 1; a gap: no such token.")
+            figure_element(figures, f"{role}_attention", "Rows add up to 1; a gap: no such token.")
         )
         parts.append(
             "<details><summary>As a table</summary>"
-            + _table(
+            + table(
                 [
                     "group",
                     "head",
@@ -387,15 +414,15 @@ def _planted_section(content: dict[str, Any]) -> str:
         rows = [
             [
                 f"{LETTERS[group]} <code>{group}</code>",
-                _heads(found["planted"]),
-                _heads(found["found"]),
-                _heads(found["missed"]),
-                _heads(found["not_planted"]),
+                heads_html(found["planted"]),
+                heads_html(found["found"]),
+                heads_html(found["missed"]),
+                heads_html(found["not_planted"]),
             ]
             for group, found in ((group, known["groups"][group]) for group in GROUPS)
         ]
         parts.append(
-            _table(
+            table(
                 ["group", "planted", "found", "missed", "chosen, not planted"],
                 rows,
                 caption=f"{escape(model['label'])}: {known['found']} of {known['planted']} planted "
@@ -410,9 +437,9 @@ def _paper_section(content: dict[str, Any]) -> str:
     rows = [
         [
             f"{escape(model['label'])} (here, {boxes} boxes)",
-            _share(model["faithfulness"]["model"]),
-            _share(model["faithfulness"]["circuit"]),
-            _ratio(model["faithfulness"]),
+            share_text(model["faithfulness"]["model"]),
+            share_text(model["faithfulness"]["circuit"]),
+            ratio_text(model["faithfulness"]),
             "/".join(str(len(model["circuit"][group])) for group in GROUPS),
         ]
         for model in content["models"].values()
@@ -434,7 +461,7 @@ def _paper_section(content: dict[str, Any]) -> str:
         "circuit accuracies are all of the circuit found in Llama-7B, run inside each model; ours "
         "are of each model's own circuit. Random circuits answered from "
         f"{low:g} to {high:g} right there.</p>"
-        + _table(["model", "accuracy", "of the circuit", "faithfulness", "heads A/B/C/D"], rows)
+        + table(["model", "accuracy", "of the circuit", "faithfulness", "heads A/B/C/D"], rows)
     )
 
 
@@ -448,10 +475,10 @@ def _settings_section(content: dict[str, Any]) -> str:
     seeds = [[escape(name), str(value)] for name, value in content["seeds"].items()]
     return (
         f"<p>To run it again:</p><pre>{escape(command(settings))}</pre>"
-        + f'<div class="settings">{_table(["setting", "value"], shown)}</div>'
-        + _table(["software", "version"], versions)
+        + f'<div class="settings">{table(["setting", "value"], shown)}</div>'
+        + table(["software", "version"], versions)
         + "<details><summary>Seeds drawn from the one given, by purpose</summary>"
-        + _table(["purpose", "seed"], seeds)
+        + table(["purpose", "seed"], seeds)
         + "</details>"
     )
 
@@ -468,54 +495,23 @@ def command(settings: dict[str, Any]) -> str:
     words += ["--prompts", str(settings["prompts"]), "--boxes", str(settings["boxes"])]
     words += ["--sizes", sizes, "--receiver-sizes", receivers]
     words += ["--random-circuits", str(settings["random_circuits"])]
+    words += ["--mask-pairs", str(settings["mask_pairs"]), "--draws", str(settings["draws"])]
+    if settings["only"] is not None:
+        words += ["--only", ",".join(settings["only"])]
     words += ["--all-pairs"] * settings["all_pairs"]
     words += ["--seed", str(settings["seed"]), "--engine", settings["engine"]]
     if settings["batch_size"] is not None:
         words += ["--batch-size", str(settings["batch_size"])]
     words += ["--dtype", settings["dtype"]]
+    words += ["--matmul-precision", settings["matmul_precision"]]
+    words += ["--no-png"] * (not settings["png"])
     if settings["device"] is not None:
         words += ["--device", settings["device"]]
     return shlex.join([*words, "--out", "results"])
 
 
-def _figure(figures: dict[str, go.Figure], name: str, caption: str) -> str:
-    drawn = figure_html(figures[name], f"figure-{name}")
-    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    title = f"<caption>{caption}</caption>" if caption else ""
-    return (
-        f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _heads(heads: Sequence[Sequence[int]]) -> str:
-    return " ".join(str(Head(*head)) for head in heads) or _NONE
-
-
 def _size(model: dict[str, Any]) -> int:
     return sum(len(model["circuit"][group]) for group in GROUPS)
-
-
-def _share(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _percent(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def _ratio(found: dict[str, Any]) -> str:
-    value, (low, high) = found["faithfulness"], found["interval"]
-    if value is None or math.isnan(value):
-        return "not defined (nothing is answered right)"
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _span_of_scores(stage: dict[str, Any], heads: Sequence[Sequence[int]]) -> str:

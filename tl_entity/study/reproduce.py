@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import torch
 from transformer_lens import HookedTransformer
 
@@ -16,6 +17,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
 from tl_entity.hooks.points import n_kv_heads
+from tl_entity.methods.discovery import Discovery
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY
 from tl_entity.plots.render import PngRenderer, plotly_script
@@ -23,10 +25,10 @@ from tl_entity.ranks import is_first
 from tl_entity.study.experiments import (
     Bench,
     Progress,
-    compare_circuits,
     compare_with_planted,
     draw_pairs,
     find_circuit,
+    groups_record,
     look_at_attention,
     measure_accuracy,
     measure_faithfulness,
@@ -34,6 +36,10 @@ from tl_entity.study.experiments import (
     silent,
 )
 from tl_entity.study.figures import figures_of
+from tl_entity.study.flow import knock_out_flow
+from tl_entity.study.information import learn_what_groups_carry, patch_what_groups_carry
+from tl_entity.study.mechanism_figures import mechanism_figures
+from tl_entity.study.necessity import measure_completeness, measure_minimality
 from tl_entity.study.report import figure_page, render_report
 from tl_entity.study.settings import GROUPS, Settings, planted, resolve_sizes
 from tl_entity.study.store import (
@@ -45,6 +51,9 @@ from tl_entity.study.store import (
     fingerprint,
     to_json,
 )
+from tl_entity.study.tables import tables_of, to_markdown
+from tl_entity.study.transfer import compare_discoveries, patch_from_other
+from tl_entity.study.verdict import verdict
 from tl_entity.tasks.pairs import discovery_pairs
 
 COMPUTING = ("tl_entity", "torch", "transformer_lens", "transformers")
@@ -105,9 +114,11 @@ def reproduce(
     versions = _versions()
     code = _code_fingerprint()
     labels = _labels(settings.models)
-    circuits: dict[str, Circuit] = {}
+    benches: dict[str, Bench] = {}
+    discoveries: dict[str, Discovery] = {}
     seeds: dict[str, int] = {}
     models: Record = {}
+    same_heads = len({fingerprint(fact.architecture) for fact in facts.values()}) == 1
     for role, name in settings.models.items():
         model = load_model(name, dtype=settings.dtype, device=settings.device)
         inputs = {
@@ -119,12 +130,9 @@ def reproduce(
             "device": torch.device(model.cfg.device or "cpu").type,
         }
         bench = Bench(role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds)
-        same_heads = {
-            other: circuit
-            for other, circuit in circuits.items()
-            if facts[other].architecture == facts[role].architecture
-        }
-        models[role], circuits[role] = _study_model(bench, same_heads)
+        others = {r: (d.circuit, models[r]) for r, d in discoveries.items() if same_heads}
+        models[role], discoveries[role] = _study_model(bench, others)
+        benches[role] = bench
         models[role] |= {
             "name": name,
             "label": labels[role],
@@ -133,7 +141,7 @@ def reproduce(
             "n_heads": facts[role].n_heads,
             "fingerprint": facts[role].fingerprint,
         }
-        store.write(f"{role}_circuit.json", circuits[role].to_json())
+        store.write(f"{role}_circuit.json", discoveries[role].circuit.to_json())
     results: Record = {
         "settings": {
             **dataclasses.asdict(settings),
@@ -144,11 +152,25 @@ def reproduce(
         "versions": {**versions, "python": platform.python_version()},
         "models": models,
         "same_circuit": None,
+        "cmap": {},
     }
-    if len(circuits) > 1 and len({fingerprint(fact.architecture) for fact in facts.values()}) == 1:
-        results["same_circuit"] = compare_circuits(
-            circuits["base"], circuits["tuned"], head_counts[0]
-        )
+    if len(benches) == 2 and same_heads:
+        base, tuned = benches["base"], benches["tuned"]
+        if settings.wants("comparison"):
+            results["same_circuit"] = compare_discoveries(
+                tuned, discoveries["base"], discoveries["tuned"]
+            )
+        if settings.wants("cmap"):
+            for into, source in ((base, tuned), (tuned, base)):
+                record = patch_from_other(
+                    into,
+                    source.model,
+                    source.role,
+                    facts[source.role].fingerprint,
+                    discoveries["base"].circuit,
+                )
+                results["cmap"][f"{source.role}_into_{into.role}"] = record
+    results["verdict"] = verdict(results)
     if is_first():
         _write(store, results, say)
     return results
@@ -211,38 +233,69 @@ def _labels(models: dict[str, str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else dict(models)
 
 
-def _study_model(bench: Bench, others: dict[str, Circuit]) -> tuple[Record, Circuit]:
-    """All experiments on one model, in order."""
+def _study_model(
+    bench: Bench, others: dict[str, tuple[Circuit, Record]]
+) -> tuple[Record, Discovery]:
+    """All experiments on one model, in order.
+
+    Args:
+        bench: the model.
+        others: circuits and records of models studied before it, with the same heads.
+    """
+    wants = bench.settings.wants
     record: Record = {"accuracy": measure_accuracy(bench)}
     pairs, record["pairs"] = draw_pairs(bench)
-    circuit, record["discovery"] = find_circuit(bench, pairs, record["pairs"])
-    record["circuit"] = {group.name: [list(head) for head in group.heads] for group in circuit}
-    record["faithfulness"] = measure_faithfulness(bench, circuit, others)
-    record["attention"] = look_at_attention(bench, circuit)
+    discovery, record["discovery"] = find_circuit(bench, pairs, record["pairs"])
+    circuit = discovery.circuit
+    record["circuit"] = groups_record(circuit)
+    if wants("faithfulness"):
+        same_form = {role: other for role, (other, _) in others.items()}
+        record["faithfulness"] = measure_faithfulness(bench, circuit, same_form)
+    if wants("completeness"):
+        record["completeness"] = measure_completeness(bench, circuit)
+    if wants("minimality"):
+        record["minimality"] = measure_minimality(bench, circuit)
+    if wants("attention"):
+        record["attention"] = look_at_attention(bench, circuit)
+    if wants("information"):
+        record["dcm"] = learn_what_groups_carry(bench, circuit)
+        carried = {"own": patch_what_groups_carry(bench, circuit, record["dcm"], bench.role)}
+        for role, (other, known) in others.items():
+            carried[role] = patch_what_groups_carry(bench, other, known["dcm"], role)
+        record["information"] = carried
+    if wants("knockout"):
+        record["knockout"] = knock_out_flow(bench)
     known = planted(bench.settings.models[bench.role])
     record["planted"] = None if known is None else compare_with_planted(circuit, known)
-    return record, circuit
+    return record, discovery
 
 
 def _write(store: Store, results: Record, say: Callable[[str], object]) -> None:
-    figures = figures_of(results)
+    figures = {**figures_of(results), **mechanism_figures(results)}
+    for name, table in tables_of(results).items():
+        store.write(f"tables/{name}.csv", table.to_csv(index=False))
+        store.write(f"tables/{name}.md", to_markdown(table))
     store.write(f"figures/{plotly_script().name}", plotly_script().read_bytes())
-    problem = None
-    with PngRenderer() as renderer:
-        for name, figure in figures.items():
-            store.write(f"figures/{name}.html", figure_page(figure, name))
-            if problem is None:
-                try:
-                    store.write(f"figures/{name}.png", renderer(figure))
-                except (OSError, ValueError) as error:
-                    problem = (
-                        f"The PNG figures could not be drawn ({error}); the HTML ones are there."
-                    )
-                    say(problem)
+    for name, figure in figures.items():
+        store.write(f"figures/{name}.html", figure_page(figure, name))
+    problem = _draw(store, figures) if results["settings"]["png"] else None
+    if problem is not None:
+        say(problem)
     text = to_json(results)
     # From the text, so that the page shows exactly what the file holds.
     store.write(REPORT, render_report(text, figures, problem))
     store.write(RESULTS, text)
+
+
+def _draw(store: Store, figures: dict[str, go.Figure]) -> str | None:
+    """Write every figure as PNG; what went wrong, if anything did."""
+    with PngRenderer() as renderer:
+        try:
+            for name, figure in figures.items():
+                store.write(f"figures/{name}.png", renderer(figure))
+        except (OSError, ValueError) as error:
+            return f"The PNG figures could not be drawn ({error}); the HTML ones are there."
+    return None
 
 
 def _versions() -> dict[str, str]:

@@ -13,6 +13,18 @@ from tl_entity.models.registry import planted_circuit
 GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
 """The four groups, in the order of discovery."""
 
+EXPERIMENTS: tuple[str, ...] = (
+    "faithfulness",
+    "completeness",
+    "minimality",
+    "attention",
+    "information",
+    "knockout",
+    "cmap",
+    "comparison",
+)
+"""What can be asked for by itself."""
+
 PAPER_HEADS = 1024
 PAPER_SIZES = (40, 7, 20, 5)
 PAPER_RECEIVERS = (20, 5, 10)
@@ -37,6 +49,8 @@ class Settings:
         receiver_sizes: heads of each of the first three groups that the next stage patches into;
             None for all that were planted, or else the paper's share of the group.
         random_circuits: how many, as control.
+        mask_pairs: pairs that DCM trains, chooses and tests each mask on.
+        draws: how often the prompts of activation patching are drawn anew.
         all_pairs: find circuits from prompts that the model answers wrong too.
         seed: all random choices follow from it.
         engine: for path patching.
@@ -44,6 +58,9 @@ class Settings:
         dtype: of weights and activations.
         device: such as "cuda"; None for the best there is.
         matmul_precision: of float32 matrix products, as torch names it.
+        only: the experiments wanted, of `EXPERIMENTS`; None for all. Accuracy and discovery, which
+            all others build on, are always done.
+        png: also draw every figure as PNG, which takes a second or two each.
     """
 
     base: str = "default-base"
@@ -53,6 +70,8 @@ class Settings:
     sizes: Mapping[str, int] | None = None
     receiver_sizes: Mapping[str, int] | None = None
     random_circuits: int = 10
+    mask_pairs: int = 400
+    draws: int = 5
     all_pairs: bool = False
     seed: int = 0
     engine: Literal["exact", "hooks"] = "exact"
@@ -60,15 +79,30 @@ class Settings:
     dtype: str = "float32"
     device: str | None = None
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    only: tuple[str, ...] | None = None
+    png: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in {"prompts": 2, "boxes": 2, "random_circuits": 0, "seed": 0}.items():
+        fewest = {"prompts": 2, "boxes": 2, "random_circuits": 0, "mask_pairs": 4, "draws": 1}
+        fewest["seed"] = 0
+        for name, least in fewest.items():
             if getattr(self, name) < least:
                 raise InputError(
                     f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}."
                 )
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"The batch size must be at least 1, not {self.batch_size}.")
+
+        unknown = set(self.only or ()) - set(EXPERIMENTS)
+        if unknown:
+            raise InputError(
+                f"There is no experiment {', '.join(sorted(unknown))}; there are "
+                f"{', '.join(EXPERIMENTS)}."
+            )
+
+    def wants(self, experiment: str) -> bool:
+        """Whether an experiment is to be done."""
+        return self.only is None or experiment in self.only
 
     @property
     def models(self) -> dict[str, str]:

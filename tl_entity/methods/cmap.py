@@ -1,0 +1,414 @@
+"""Cross-model activation patching: which heads bring what fine-tuning gained (Prakash et al. 2024,
+§5)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.exact.blocks import unembed
+from tl_entity.exact.suffix import CleanRun, within
+from tl_entity.exact.window import Window
+from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.cross_model import (
+    ReplaceKeys,
+    ReplaceValues,
+    check_same_architecture,
+    input_hooks,
+    input_points,
+)
+from tl_entity.hooks.edits import patch_heads
+from tl_entity.hooks.points import check_heads, hook_point
+from tl_entity.hooks.run import HookFunction, answer_logits, record
+from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
+from tl_entity.methods.path_patching import Engine
+from tl_entity.stats import Bootstrap, Interval
+from tl_entity.tasks.batches import PromptBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+OUTPUT = "output"
+"""Patches what heads put out; the other choices are letters of q, k and v."""
+
+WHOLE_CIRCUIT = "whole circuit"
+"""Names the patch of all groups together."""
+
+PATCHES: tuple[str, ...] = (OUTPUT, "q", "k", "v")
+"""What `cmap_by_group` patches if nothing else is said."""
+
+Edits = list[tuple[str, HookFunction]]
+
+
+@checked
+def cmap(
+    base: HookedTransformer,
+    tuned: HookedTransformer,
+    prompts: PromptBatch,
+    heads: Circuit | HeadsAt,
+    *,
+    patch: str = OUTPUT,
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+) -> Evaluation:
+    """Answer the prompts with the base model, some heads taking what the tuned model computes on
+    the same prompts.
+
+    With `patch="output"`, the heads' `hook_z` at their position is the tuned model's, and all that
+    comes after is recomputed. With letters of q, k and v, the head's output at its position p is
+    sum_j softmax_j(q[p] · k[j] / scale) v[j] over the tokens j it reads, 0 to p, where the vectors
+    of the letters named are the tuned model's, for this head alone (under grouped-query attention
+    its siblings keep theirs), and the others are what the patched run itself computes there. The
+    head's output at other tokens is not touched. So "qkv" is the same as "output".
+
+    Args:
+        base: the model that answers.
+        tuned: the model that activations are taken from; swap the two for the other direction.
+        prompts: the prompts of both runs.
+        heads: a circuit, or heads by named position.
+        patch: "output", or any of the letters q, k, v, such as "q" or "qk".
+        engine: "exact" recomputes only what the patch can change; "hooks" runs the whole model.
+        batch_size: prompts run together.
+
+    Raises:
+        InputError: if the models differ in architecture or tokenizer, naming what differs; a head
+            or position does not exist; a prompt has no answer; `patch` is something else; or the
+            exact engine does not fit the base model.
+    """
+    return cmap_each(base, tuned, prompts, [(heads, patch)], engine=engine, batch_size=batch_size)[
+        0
+    ]
+
+
+@checked
+@torch.no_grad()
+def cmap_each(
+    base: HookedTransformer,
+    tuned: HookedTransformer,
+    prompts: PromptBatch,
+    choices: Sequence[tuple[Circuit | HeadsAt, str]],
+    *,
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> list[Evaluation]:
+    """`cmap` of several choices of heads and of what is patched, one after another.
+
+    The run of the tuned model is shared by all, and on the exact engine that of the base too.
+
+    Args:
+        base: as in `cmap`.
+        tuned: as in `cmap`.
+        prompts: as in `cmap`.
+        choices: heads and what of them is patched; each by itself.
+        engine: as in `cmap`.
+        batch_size: as in `cmap`.
+        progress: called with the number of runs done since the last call, where one choice on one
+            prompt is a run.
+
+    Raises:
+        InputError: as `cmap`.
+    """
+    check_same_architecture(base, tuned)
+    if bool((prompts.answers < 0).any()):
+        raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
+    known = min(base.cfg.d_vocab, tuned.cfg.d_vocab)
+    if bool((prompts.tokens[prompts.mask] >= known).any()):
+        raise InputError(f"A prompt has a token that only one of the models knows ({known} or up).")
+    chosen = [
+        ({at: some for at, some in heads_by_position(heads).items() if some}, patch)
+        for heads, patch in choices
+    ]
+    points: dict[str, str | None] = {}
+    for heads, patch in chosen:
+        flat = [head for some in heads.values() for head in some]
+        check_heads(base, flat)
+        points |= _points(flat, patch)
+
+    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
+        # Padding may be a token that the other model lacks; it is masked in either.
+        readable = replace(chunk, tokens=chunk.tokens * chunk.mask)
+        source = readable.to(tuned.cfg.device or "cpu")
+        seen = record(tuned, source, points) if points else {}
+        cache = {name: activation.to(readable.tokens.device) for name, activation in seen.items()}
+        edits = [_edits(cache, base, readable, heads, patch) for heads, patch in chosen]
+        if engine == "hooks" or not points:
+            return (answer_logits(base, readable, hooks) for hooks in edits)
+        return (
+            unembed(base, final)
+            for final in _recomputed(base, readable, [heads for heads, _ in chosen], edits)
+        )
+
+    return evaluate_each(
+        prompts.to(base.cfg.device or "cpu"), len(chosen), logits_of, batch_size, progress
+    )
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The base model with some heads patched from the tuned one.
+
+    Attributes:
+        group: name of the group, or `WHOLE_CIRCUIT`.
+        patch: what of its heads is patched.
+        heads: the heads by named position.
+        evaluation: how the patched model answers.
+        gain: its accuracy less the base model's.
+        gain_interval: 95 % bootstrap interval, prompts resampled in pairs.
+        recovered: the gain as a share of what the tuned model gains; NaN where that is nothing.
+        recovered_interval: 95 % bootstrap interval; wide, and of little worth, where the two models
+            hardly differ.
+    """
+
+    group: str
+    patch: str
+    heads: Mapping[str, tuple[Head, ...]]
+    evaluation: Evaluation
+    gain: float
+    gain_interval: Interval
+    recovered: float
+    recovered_interval: Interval
+
+    def __str__(self) -> str:
+        return (
+            f"{self.patch} of {self.group}: {self.evaluation}, "
+            f"{self.recovered:.2f} {self.recovered_interval} of the gain"
+        )
+
+
+@dataclass(frozen=True)
+class CrossModelPatching:
+    """Cross-model patching of every group and of the whole circuit.
+
+    Attributes:
+        base: the base model alone.
+        tuned: the tuned model alone.
+        entries: by what is patched, then by group, the whole circuit last.
+    """
+
+    base: Evaluation
+    tuned: Evaluation
+    entries: tuple[Patched, ...]
+
+    def __str__(self) -> str:
+        best = max(self.entries, key=lambda entry: entry.evaluation.accuracy, default=None)
+        return (
+            f"base {self.base.accuracy:.3f}, tuned {self.tuned.accuracy:.3f} "
+            f"of {len(self.base)} prompts; highest: {best}"
+        )
+
+    def __getitem__(self, key: tuple[str, str]) -> Patched:
+        """The entry of a group and of what is patched, such as `["value_fetcher", "output"]`.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        for entry in self.entries:
+            if (entry.group, entry.patch) == key:
+                return entry
+        raise KeyError(key)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a group and patch, with counts, accuracy, gain, share recovered and their
+        intervals; ahead of them the base and the tuned model alone."""
+        import pandas as pd
+
+        alone = [("base", self.base), ("tuned", self.tuned)]
+        rows = [{"group": name, "patch": "", **_counts(found)} for name, found in alone]
+        for entry in self.entries:
+            heads = [head for some in entry.heads.values() for head in some]
+            rows.append(
+                {
+                    "group": entry.group,
+                    "patch": entry.patch,
+                    **_counts(entry.evaluation),
+                    "gain": entry.gain,
+                    "gain_low": entry.gain_interval.low,
+                    "gain_high": entry.gain_interval.high,
+                    "recovered": entry.recovered,
+                    "recovered_low": entry.recovered_interval.low,
+                    "recovered_high": entry.recovered_interval.high,
+                    "n_heads": len(heads),
+                    "heads": " ".join(map(str, heads)),
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+@checked
+def cmap_by_group(
+    base: HookedTransformer,
+    tuned: HookedTransformer,
+    prompts: PromptBatch,
+    circuit: Circuit,
+    *,
+    seed: int,
+    patches: Sequence[str] = PATCHES,
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> CrossModelPatching:
+    """Patch every group of a circuit by itself, and all of them together.
+
+    For the other direction swap the models; for a control take a third model as `tuned`.
+
+    Args:
+        base: the model that answers.
+        tuned: the model that activations are taken from.
+        prompts: the prompts of both.
+        circuit: the groups of heads.
+        seed: of the bootstrap intervals.
+        patches: what is patched, as in `cmap`.
+        engine: as in `cmap`.
+        batch_size: prompts run together.
+        progress: called with the number of runs done since the last call, where one group and patch
+            on one prompt is a run; there are len(patches) * (number of groups + 1) * len(prompts).
+
+    Raises:
+        InputError: as `cmap`.
+    """
+    parts: list[tuple[str, Mapping[str, tuple[Head, ...]]]] = [
+        (group.name, {group.position: group.heads}) for group in circuit
+    ]
+    parts.append((WHOLE_CIRCUIT, circuit.heads_at()))
+    named = [(name, heads, patch) for patch in patches for name, heads in parts]
+    found = cmap_each(
+        base,
+        tuned,
+        prompts,
+        [(heads, patch) for _, heads, patch in named],
+        engine=engine,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    alone, target = (evaluate(model, prompts, batch_size=batch_size) for model in (base, tuned))
+    bootstrap = Bootstrap.draw(len(prompts), seed=seed)
+    return CrossModelPatching(
+        alone,
+        target,
+        tuple(
+            _patched(name, patch, heads, evaluation, alone, target, bootstrap)
+            for (name, heads, patch), evaluation in zip(named, found, strict=True)
+        ),
+    )
+
+
+def _patched(
+    name: str,
+    patch: str,
+    heads: Mapping[str, tuple[Head, ...]],
+    evaluation: Evaluation,
+    base: Evaluation,
+    tuned: Evaluation,
+    bootstrap: Bootstrap,
+) -> Patched:
+    right, before, after = (
+        found.correct.cpu().numpy().astype(np.float64) for found in (evaluation, base, tuned)
+    )
+    gain, whole = evaluation.accuracy - base.accuracy, tuned.accuracy - base.accuracy
+    return Patched(
+        group=name,
+        patch=patch,
+        heads=heads,
+        evaluation=evaluation,
+        gain=gain,
+        gain_interval=bootstrap.difference(right, before),
+        recovered=gain / whole if whole else float("nan"),
+        recovered_interval=bootstrap.ratio(right - before, after - before),
+    )
+
+
+def _counts(found: Evaluation) -> dict[str, float]:
+    return {
+        "correct": int(found.correct.sum()),
+        "n_prompts": len(found),
+        "accuracy": found.accuracy,
+        "low": found.interval.low,
+        "high": found.interval.high,
+    }
+
+
+def _points(heads: Sequence[Head], patch: str) -> dict[str, str | None]:
+    """What must be recorded in the tuned model's run."""
+    if patch == OUTPUT:
+        return {hook_point("z", head.layer): None for head in heads}
+    if not patch or len(set(patch)) != len(patch) or not set(patch) <= set("qkv"):
+        raise InputError(
+            f"{patch!r} can't be patched: say 'output', or different letters of q, k and v."
+        )
+    return input_points(heads, patch)
+
+
+def _edits(
+    cache: Mapping[str, Tensor],
+    base: HookedTransformer,
+    prompts: PromptBatch,
+    heads: HeadsAt,
+    patch: str,
+) -> Edits:
+    if patch == OUTPUT:
+        return [*patch_heads(cache, heads, into=prompts)]
+    return input_hooks(cache, base, prompts, heads, inputs=patch)
+
+
+def _recomputed(
+    base: HookedTransformer,
+    prompts: PromptBatch,
+    choices: Sequence[HeadsAt],
+    edits: Sequence[Edits],
+) -> Sequence[Tensor]:
+    """The final residual stream under each choice, recomputed from its own token and layer on."""
+    lowest = {
+        min(head.layer for some in heads.values() for head in some) for heads in choices if heads
+    }
+    positions = sorted({position for heads in choices for position in heads})
+    run = CleanRun.record(
+        base, prompts, first_layer=min(lowest), positions=positions, begins=lowest
+    )
+    final: list[Tensor] = [run.final] * len(choices)
+    # Those at the same positions go together, from the earliest of these on.
+    for at in {tuple(sorted(heads)) for heads in choices if heads}:
+        some = [i for i, heads in enumerate(choices) if tuple(sorted(heads)) == at]
+        start = torch.stack([prompts.position(position) for position in at]).amin(0)
+        found = replace(run, start=start).answer_resid_each([edits[i] for i in some])
+        for i, resid in zip(some, found, strict=True):
+            final[i] = resid
+    return final
+
+
+@within.register
+def _(edit: ReplaceKeys, window: Window) -> ReplaceKeys:
+    return replace(
+        edit, positions=_in_window(edit.positions, window), keys=_as_scored(edit.keys, window)
+    )
+
+
+@within.register
+def _(edit: ReplaceValues, window: Window) -> ReplaceValues:
+    return replace(
+        edit, positions=_in_window(edit.positions, window), values=_as_scored(edit.values, window)
+    )
+
+
+def _in_window(positions: Tensor, window: Window) -> Tensor:
+    shifted = positions.to(window.tokens.device)[window.members] - window.tokens[:, 0]
+    if bool((shifted < 0).any()):
+        raise InputError(
+            f"An edit lies before token {int(window.tokens[:, 0].min())}, the first that can be "
+            "recomputed; record the run with the named position of the edit."
+        )
+    return shifted
+
+
+def _as_scored(vectors: Tensor, window: Window) -> Tensor:
+    """Vectors of whole prompts as the window's scores count tokens: those ahead of it first, as
+    many as the longest prefix has, then its own."""
+    vectors = vectors.to(window.tokens.device)
+    ahead = vectors[window.members, : window.before.shape[1]]
+    return torch.cat([ahead, vectors[window.members[:, None], window.tokens]], 1)

@@ -1,0 +1,309 @@
+"""Does a circuit need each of its heads? (Prakash et al. 2024, §3.3)."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit, Group, Head, without
+from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_circuits
+from tl_entity.methods.path_patching import Engine
+from tl_entity.stats import Bootstrap, Interval
+from tl_entity.tasks.batches import PromptBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+THRESHOLD = 0.01
+"""A head is kept from this score up (the paper's)."""
+
+LARGEST_SHARE = 0.3
+"""K has at most this share of a group's heads, rounded up (the paper's)."""
+
+Part = tuple[str, frozenset[Head]]
+"""A group by name, and some of its heads."""
+
+
+@dataclass(frozen=True)
+class HeadMinimality:
+    """What the circuit loses with one of its heads, once those that stand in for it are gone.
+
+    Attributes:
+        group: name of the head's group.
+        head: the head v.
+        removed: K, other heads of the group, in the order in which they were chosen.
+        without_removed: F(C \\ K).
+        without_head: F(C \\ (K ∪ {v})).
+        score: F(C \\ K) / F(C \\ (K ∪ {v})) - 1. Infinite if only the latter is 0; 0 if both are,
+            where nothing is left that v could add to.
+        interval: 95 % bootstrap interval of the score, prompts resampled in pairs, K as it is;
+            draws in which nothing is left without v are left out, and NaN if all are.
+        kept: whether the score reaches the threshold.
+    """
+
+    group: str
+    head: Head
+    removed: tuple[Head, ...]
+    without_removed: Evaluation
+    without_head: Evaluation
+    score: float
+    interval: Interval
+    kept: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.head} of {self.group}: {self.score:.3f} {self.interval} "
+            f"({self.without_removed.accuracy:.3f} to {self.without_head.accuracy:.3f} without "
+            f"{' '.join(map(str, self.removed)) or 'others'}), {'kept' if self.kept else 'dropped'}"
+        )
+
+
+@dataclass(frozen=True)
+class Minimality:
+    """Which heads a circuit needs.
+
+    Attributes:
+        circuit: the circuit C.
+        minimal: what is left of it: the heads whose score reaches the threshold.
+        of_circuit: F(C).
+        of_minimal: accuracy with only the minimal circuit's heads left.
+        heads: every head's score and what it is made of, in the circuit's order.
+        parts: for every part of a group that was removed, F of the circuit without it.
+        threshold: what a score must reach.
+        largest_share: the share of a group that K may have.
+        seed: of the bootstrap.
+    """
+
+    circuit: Circuit
+    minimal: Circuit
+    of_circuit: Evaluation
+    of_minimal: Evaluation
+    heads: tuple[HeadMinimality, ...]
+    parts: dict[Part, Evaluation]
+    threshold: float
+    largest_share: float
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.minimal)} of {len(self.circuit)} heads kept: accuracy "
+            f"{self.of_minimal.accuracy:.3f} {self.of_minimal.interval} with them, "
+            f"{self.of_circuit.accuracy:.3f} {self.of_circuit.interval} with all"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a head, with K, both accuracies as counts, the score and its interval."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "group": found.group,
+                    "head": str(found.head),
+                    "removed": " ".join(map(str, found.removed)),
+                    "n_prompts": len(found.without_head),
+                    "without_removed_correct": int(found.without_removed.correct.sum()),
+                    "without_removed": found.without_removed.accuracy,
+                    "without_head_correct": int(found.without_head.correct.sum()),
+                    "without_head": found.without_head.accuracy,
+                    "score": found.score,
+                    "low": found.interval.low,
+                    "high": found.interval.high,
+                    "kept": found.kept,
+                }
+                for found in self.heads
+            ]
+        )
+
+
+@checked
+def minimality(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    circuit: Circuit,
+    *,
+    mean_outputs: Float[Tensor, "layer pos head d_head"],
+    seed: int,
+    threshold: float = THRESHOLD,
+    largest_share: float = LARGEST_SHARE,
+    engine: Engine = "exact",
+    batch_size: int = BATCH_SIZE,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> Minimality:
+    """Keep the heads that a circuit loses accuracy by (Prakash et al. 2024, §3.3).
+
+    A head v may seem useless because others of its group stand in for it. So its score is taken
+    with some of them, K, removed:
+
+        (F(C \\ K) - F(C \\ (K ∪ {v}))) / F(C \\ (K ∪ {v}))
+
+    K is chosen greedily from pairs. Every pair of heads of a group is removed together once. The
+    others of the group are ranked by how much more is lost when v goes too,
+    F(C \\ {u}) - F(C \\ {u, v}), those with which nothing more is lost left out; of the first
+    none, one, two, ... of them, at most `largest_share` of the group, K is the choice with the
+    highest score (the smaller one if equal). As the highest of several, a score errs upwards: by
+    chance rather a useless head is kept than a needed one dropped. Scores are of exact accuracies,
+    never rounded ones.
+
+    Each head is judged within the whole circuit, so heads that stand in for each other are all
+    kept. Those dropped are dropped together; `of_minimal` says what that costs.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        circuit: the circuit C.
+        mean_outputs: as in `evaluate`.
+        seed: of the bootstrap intervals.
+        threshold: the score that a head must reach to be kept.
+        largest_share: share of a group that K may have, rounded up.
+        engine: as in `evaluate`.
+        batch_size: prompts run together.
+        progress: called with the number of runs done since the last call, where one part removed on
+            one prompt is a run.
+
+    Raises:
+        InputError: as `evaluate`; or if `largest_share` is no share.
+    """
+    if not 0 <= largest_share <= 1:
+        raise InputError(f"The largest share of a group is from 0 to 1, not {largest_share}.")
+    positions = {group.name: group.position for group in circuit}
+    found: dict[Part, Evaluation] = {}
+
+    def evaluate_parts(parts: Sequence[Part]) -> None:
+        new = [part for part in dict.fromkeys(parts) if part not in found]
+        left = [
+            without(circuit, {positions[name]: tuple(sorted(heads))}) if heads else circuit
+            for name, heads in new
+        ]
+        found.update(zip(new, evaluate_all(left), strict=True))
+
+    def evaluate_all(circuits: Sequence) -> list[Evaluation]:
+        return evaluate_circuits(
+            model,
+            prompts,
+            circuits,
+            mean_outputs=mean_outputs,
+            engine=engine,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    # With nothing removed every group means the same circuit, which is evaluated once.
+    (of_circuit,) = evaluate_all([circuit])
+    found.update({(group.name, frozenset()): of_circuit for group in circuit})
+    evaluate_parts(
+        [
+            (group.name, frozenset(some))
+            for group in circuit
+            for n in (1, 2)
+            for some in combinations(group.heads, n)
+        ]
+    )
+    choices = {
+        (group.name, head): _ranked(found, group, head, largest_share)
+        for group in circuit
+        for head in group.heads
+    }
+    evaluate_parts(
+        [
+            (name, frozenset(some))
+            for (name, head), ranked in choices.items()
+            for n in range(1, len(ranked) + 1)
+            for some in (ranked[:n], (*ranked[:n], head))
+        ]
+    )
+    bootstrap = Bootstrap.draw(len(prompts), seed=seed)
+    heads = tuple(
+        _judged(found, name, head, ranked, threshold, bootstrap)
+        for (name, head), ranked in choices.items()
+    )
+    kept = {(judged.group, judged.head) for judged in heads if judged.kept}
+    minimal = Circuit(
+        tuple(
+            group._replace(heads=tuple(head for head in group.heads if (group.name, head) in kept))
+            for group in circuit
+        )
+    )
+    (of_minimal,) = evaluate_all([minimal])
+    return Minimality(
+        circuit=circuit,
+        minimal=minimal,
+        of_circuit=of_circuit,
+        of_minimal=of_minimal,
+        heads=heads,
+        parts=found,
+        threshold=threshold,
+        largest_share=largest_share,
+        seed=seed,
+    )
+
+
+def _right(found: dict[Part, Evaluation], name: str, *heads: Head) -> int:
+    """Prompts answered right without these heads."""
+    return int(found[name, frozenset(heads)].correct.sum())
+
+
+def _ranked(
+    found: dict[Part, Evaluation], group: Group, head: Head, largest_share: float
+) -> tuple[Head, ...]:
+    """The heads that K may have, the first to be removed first."""
+    harm = {
+        other: _right(found, group.name, other) - _right(found, group.name, other, head)
+        for other in group.heads
+        if other != head
+    }
+    harmful = sorted(
+        (other for other in harm if harm[other] > 0), key=lambda other: (-harm[other], other)
+    )
+    # A hair less, so that a product like 0.3 * 10, not quite 3 in binary, is not rounded up to 4.
+    return tuple(harmful[: math.ceil(largest_share * len(group.heads) - 1e-9)])
+
+
+def _judged(
+    found: dict[Part, Evaluation],
+    name: str,
+    head: Head,
+    ranked: tuple[Head, ...],
+    threshold: float,
+    bootstrap: Bootstrap,
+) -> HeadMinimality:
+    def score(n: int) -> float:
+        return relative_loss(
+            _right(found, name, *ranked[:n]), _right(found, name, *ranked[:n], head)
+        )
+
+    # `max` takes the first of equals, the smallest K.
+    removed = ranked[: max(range(len(ranked) + 1), key=score)]
+    before = found[name, frozenset(removed)]
+    after = found[name, frozenset((*removed, head))]
+    ratio = bootstrap.ratio(
+        *(found.correct.cpu().numpy().astype(np.float64) for found in (before, after))
+    )
+    best = score(len(removed))
+    return HeadMinimality(
+        group=name,
+        head=head,
+        removed=removed,
+        without_removed=before,
+        without_head=after,
+        score=best,
+        interval=Interval(ratio.low - 1, ratio.high - 1),
+        kept=best >= threshold,
+    )
+
+
+@checked
+def relative_loss(before: int, after: int) -> float:
+    """(before - after) / after of two counts of right answers: infinite if only `after` is 0, and 0
+    if both are."""
+    if after == 0:
+        return math.inf if before > 0 else 0.0
+    return (before - after) / after

@@ -1,0 +1,202 @@
+"""Figures of what the circuit's heads do: what they carry, where it passes, what they bring."""
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from tl_entity.heads import Head
+from tl_entity.methods.activation_patching import UNPATCHED
+from tl_entity.methods.cmap import OUTPUT, WHOLE_CIRCUIT
+from tl_entity.plots.bars import Bar, grouped_bars
+from tl_entity.plots.circuit_diagram import Edge, Node, circuit_diagram
+from tl_entity.plots.curves import Curve, Point, accuracy_scatter, layer_curves
+from tl_entity.plots.heatmaps import share_heatmap
+from tl_entity.study.figures import LETTERS, accuracy_bar, position_words
+from tl_entity.study.settings import GROUPS
+from tl_entity.tasks.boxes import BoxPrompt
+from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA
+
+EXAMPLE = BoxPrompt(("apple", "bell", "cup"), ("E", "Q", "M"), "Q")
+"""The prompt that circuits are drawn over."""
+
+_INFORMATION_WORDS = {
+    "object_value": "object value",
+    "box_label_value": "label value",
+    "position": "position",
+}
+
+
+def mechanism_figures(results: dict[str, Any]) -> dict[str, go.Figure]:
+    """All figures of these experiments, by file name."""
+    figures: dict[str, go.Figure] = {}
+    for role, model in results["models"].items():
+        figures[f"{role}_circuit"] = _circuit(model)
+        for heads, record in model.get("information", {}).items():
+            figures[f"{role}_carries_{heads}_heads"] = _carries(model, heads, record)
+        for name, draw in _FIGURES.items():
+            if name in model:
+                figures[f"{role}_{name}"] = draw(model)
+    for name, record in results["cmap"].items():
+        figures[f"cmap_{name}"] = _cmap(results, record)
+    return figures
+
+
+def group_words(group: str) -> str:
+    """`A value_fetcher`; other names as they are."""
+    return f"{LETTERS[group]} {group}" if group in LETTERS else group
+
+
+def information_words(desideratum: str) -> str:
+    """A desideratum in words."""
+    return _INFORMATION_WORDS.get(desideratum, desideratum.replace("_", " "))
+
+
+def main_information(model: dict[str, Any], heads: str = "own") -> dict[str, str]:
+    """For each group the kind of information that its heads carry best, if any beats the run with
+    nothing patched: the intervals of the two must be apart."""
+    if "information" not in model:
+        return {}
+    entries = {
+        (entry["group"], entry["desideratum"]): entry
+        for entry in model["information"][heads]["entries"]
+    }
+    found: dict[str, str] = {}
+    for group in GROUPS:
+        best = None
+        for kind in MAIN_DESIDERATA:
+            entry, alone = entries.get((group, kind)), entries.get((UNPATCHED, kind))
+            if entry is None or alone is None or entry["interval"][0] <= alone["interval"][1]:
+                continue
+            if best is None or entry["accuracy"] > entries[group, best]["accuracy"]:
+                best = kind
+        if best is not None:
+            found[group] = best
+    return found
+
+
+def _circuit(model: dict[str, Any]) -> go.Figure:
+    words = EXAMPLE.text.replace(",", " ,").replace(".", " .").split()
+    carries = main_information(model)
+    label = words.index("Q")
+    at = {
+        "last": len(words) - 1,
+        "query_label": len(words) - 1 - words[::-1].index("Q"),
+        "previous_query_label": label,
+    }
+    nodes, edges = [], []
+    for group in GROUPS:
+        stage = model["discovery"][group]
+        heads = tuple(Head(*head) for head in model["circuit"][group])
+        nodes.append(
+            Node(
+                group_words(group),
+                at[stage["position"]],
+                heads,
+                information_words(carries[group]) if group in carries else "",
+            )
+        )
+        target = None if stage["into"] is None else group_words(stage["into"])
+        edges.append(Edge(group_words(group), target, stage["receiver_input"] or "logits"))
+    return circuit_diagram(words, nodes, edges, title=f"{model['label']}: the circuit")
+
+
+def _carries(model: dict[str, Any], heads: str, record: dict[str, Any]) -> go.Figure:
+    entries = {(entry["group"], entry["desideratum"]): entry for entry in record["entries"]}
+    kinds = [kind for kind in DESIDERATA if (UNPATCHED, kind) in entries]
+    rows = [group for group in (UNPATCHED, *GROUPS) if (group, kinds[0]) in entries]
+    whose = "its own heads" if heads == "own" else f"the {heads} model's heads"
+    return share_heatmap(
+        [group_words(group) for group in rows],
+        [information_words(kind) for kind in kinds],
+        np.array([[entries[g, k]["accuracy"] for k in kinds] for g in rows], dtype=np.float64),
+        title=f"{model['label']}: answers with the target, {whose} patched",
+        name="accuracy",
+    )
+
+
+_REMOVED = {
+    "whole": "nothing removed",
+    "group": "a group removed",
+    "random": "random heads of the circuit removed",
+}
+
+
+def _completeness(model: dict[str, Any]) -> go.Figure:
+    points = [
+        Point(
+            group_words(entry["removed"]),
+            accuracy_bar(entry["model"]),
+            accuracy_bar(entry["circuit"]),
+            _REMOVED[entry["kind"]],
+        )
+        for entry in model["completeness"]["entries"]
+    ]
+    return accuracy_scatter(
+        points,
+        title=f"{model['label']}: the circuit and the whole model without the same heads",
+        x_axis="accuracy of the model without K",
+        y_axis="accuracy of the circuit without K",
+    )
+
+
+def _minimality(model: dict[str, Any]) -> go.Figure:
+    series: dict[str, dict[str, Bar]] = {}
+    for entry in model["minimality"]["entries"]:
+        value, (low, high) = entry["score"], entry["interval"]
+        if isinstance(value, str) or low is None:
+            continue  # infinite: said in the table
+        name = str(Head(*entry["head"])) + ("" if entry["kept"] else " (dropped)")
+        series.setdefault(group_words(entry["group"]), {})[name] = Bar(value, low, high)
+    figure = grouped_bars(
+        series, title=f"{model['label']}: what the circuit loses with each head", axis="minimality"
+    )
+    figure.update_yaxes(range=None, autorange=True, tickformat=".0%", dtick=None)
+    figure.update_layout(barmode="overlay")
+    return figure
+
+
+def _knockout(model: dict[str, Any]) -> go.Figure:
+    curves = []
+    for curve in model["knockout"]["curves"]:
+        name = f"{position_words(curve['from'])} to {position_words(curve['to'])}"
+        curves.append(Curve(name, tuple(accuracy_bar(found) for found in curve["layers"])))
+        control = curve["control"]
+        bars = zip(control["mean"], control["lowest"], control["highest"], strict=True)
+        curves.append(
+            Curve(
+                f"{position_words(curve['from'])} to random tokens",
+                tuple(Bar(*bar) for bar in bars),
+                faint=True,
+            )
+        )
+    # The same control would be drawn once for every pair that begins at the same token.
+    unique = {curve.name: curve for curve in curves}
+    return layer_curves(
+        list(unique.values()),
+        title=f"{model['label']}: attention knocked out from a layer up",
+        whole=accuracy_bar(model["knockout"]["curves"][0]["whole"]),
+        axis="first knocked-out layer",
+    )
+
+
+def _cmap(results: dict[str, Any], record: dict[str, Any]) -> go.Figure:
+    labels = {role: model["label"] for role, model in results["models"].items()}
+    into, source = labels[record["into_role"]], labels[record["from_role"]]
+    series: dict[str, dict[str, Bar]] = {
+        "alone": {into: accuracy_bar(record["into"]), source: accuracy_bar(record["from"])}
+    }
+    for entry in record["entries"]:
+        what = "head outputs" if entry["patch"] == OUTPUT else f"{entry['patch']} of the heads"
+        series.setdefault(what, {})[group_words(entry["group"])] = accuracy_bar(entry)
+    figure = grouped_bars(series, title=f"{into} with heads of {source} (CMAP)")
+    order = [into, *map(group_words, GROUPS), WHOLE_CIRCUIT, source]
+    figure.update_xaxes(categoryorder="array", categoryarray=order)
+    return figure
+
+
+_FIGURES = {
+    "completeness": _completeness,
+    "minimality": _minimality,
+    "knockout": _knockout,
+}

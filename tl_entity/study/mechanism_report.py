@@ -1,0 +1,254 @@
+"""The report's sections on what the heads do, and its last page, the verdict."""
+
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from tl_entity.study.html import figure_element, frame_table, table
+from tl_entity.study.mechanism_figures import group_words, information_words
+from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_KNOCKOUT
+from tl_entity.study.settings import GROUPS
+from tl_entity.study.tables import tables_of
+from tl_entity.study.verdict import headline
+from tl_entity.tasks.desiderata import DESIDERATA
+
+Section = tuple[str, str, str]
+"""Anchor, heading, content."""
+
+
+def mechanism_sections(content: dict[str, Any], figures: dict[str, go.Figure]) -> list[Section]:
+    """What the groups carry, what the circuit loses, where information passes, what is brought from
+    the other model."""
+    tables = tables_of(content)
+    roles = list(content["models"])
+    made = next(iter(content["models"].values()))
+    sections: list[Section] = []
+    if "information" in made:
+        sections.append(
+            ("information", "What the groups carry", _information(content, figures, tables))
+        )
+    if "completeness" in made:
+        sections.append(("completeness", "Completeness", _completeness(roles, figures, tables)))
+    if "minimality" in made:
+        sections.append(("minimality", "Minimality", _minimality(content, figures, tables)))
+    if "knockout" in made:
+        sections.append(("knockout", "Where information passes", _knockout(roles, figures, tables)))
+    if content["cmap"]:
+        sections.append(("cmap", "Heads of the other model", _cmap(content, figures, tables)))
+    return sections
+
+
+def verdict_section(content: dict[str, Any]) -> str:
+    """Every question with its answer, the numbers, and where they are shown."""
+    findings = content["verdict"]
+    rows = [
+        [
+            escape(finding["question"]),
+            f"<b>{escape(finding['answer'])}</b>",
+            f'{escape(finding["text"])} <a href="#figure-{finding["figure"]}">figure</a>',
+        ]
+        for finding in findings
+    ]
+    return (
+        f'<p class="lead">{escape(headline(findings))}</p>'
+        + table(["question", "answer", "what the numbers say"], rows)
+        + '<p class="soft">The answers follow from the numbers by fixed rules: heads are the same '
+        "if the whole interval of the Jaccard index is at least one half and the overlap is beyond "
+        "chance (p below 0.01); a circuit works as well if it is beyond every random circuit and "
+        "has nine tenths of the other's faithfulness; groups carry what brings the target most "
+        "often, if its interval is above that of the run with nothing patched; a group brings the "
+        "gain if its interval of the gain is above that of every other group. Where intervals "
+        "overlap what they would have to be apart from, the data can't tell.</p>"
+    )
+
+
+def _information(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
+    parts = [
+        "<p>Pairs of prompts that differ in one kind of information. DCM trains a mask over a "
+        "group's heads: which of them must be taken from the other prompt for the model to answer "
+        "with what that information leads to? The heads it selects are then patched on fresh "
+        "prompts, and the share of answers that are the target is counted. Unpatched is how often "
+        "the target is given by itself.</p>"
+    ]
+    for role, model in content["models"].items():
+        for heads in model["information"]:
+            parts.append(
+                figure_element(
+                    figures,
+                    f"{role}_carries_{heads}_heads",
+                    "Pooled over the draws. The further columns alter the other prompt's text, and "
+                    "the last is a control.",
+                )
+            )
+    parts.append(
+        "<details><summary>What the columns are</summary>"
+        + table(
+            ["pairs", "what they are"],
+            [
+                [escape(information_words(kind.name)), escape(kind.says)]
+                for kind in DESIDERATA.values()
+            ],
+        )
+        + "</details>"
+    )
+    if "masks" in tables:
+        parts.append("<details><summary>Heads that DCM selected</summary>")
+        parts.append(
+            frame_table(
+                tables["masks"],
+                {
+                    "model": "model",
+                    "group": "group",
+                    "desideratum": "pairs",
+                    "candidates": "candidates",
+                    "selected": "selected",
+                    "accuracy": "test accuracy",
+                    "with_all_candidates": "all candidates patched",
+                    "with_none": "none patched",
+                },
+            )
+            + "</details>"
+        )
+    left_out = {
+        name: reason
+        for model in content["models"].values()
+        for name, reason in model["dcm"]["left_out"].items()
+    }
+    for name, reason in left_out.items():
+        parts.append(
+            f'<p class="soft">{escape(information_words(name))} is left out: {escape(reason)}</p>'
+        )
+    return "".join(parts)
+
+
+def _completeness(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> str:
+    return (
+        "<p>The same heads K are ablated in the whole model and in the circuit. A circuit that has "
+        "all that matters loses as much as the model does: the points lie on the line. Far below "
+        "it, the model has heads that stand in for those removed and that the circuit lacks.</p>"
+        + "".join(
+            figure_element(figures, f"{role}_completeness", "95 % Wilson intervals.")
+            for role in roles
+        )
+        + "<details><summary>As a table</summary>"
+        + frame_table(
+            tables["completeness"],
+            {
+                "model": "model",
+                "removed": "K",
+                "circuit_without": "circuit without K",
+                "model_without": "model without K",
+                "difference": "difference",
+                "low": "low",
+                "high": "high",
+            },
+        )
+        + "</details>"
+    )
+
+
+def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
+    counts = []
+    for model in content["models"].values():
+        entries = model["minimality"]["entries"]
+        kept = sum(entry["kept"] for entry in entries)
+        counts.append(f"{escape(model['label'])}: {kept} of {len(entries)} heads are kept")
+    return (
+        "<p>For each head, other heads of its group are removed first, those that stand in for one "
+        "another; what removing the head itself then costs, relative to what is left, is its "
+        f"minimality. From 1 % up a head is kept. {'; '.join(counts)}.</p>"
+        + "".join(
+            figure_element(
+                figures,
+                f"{role}_minimality",
+                "Heads by group, 95 % bootstrap intervals. Where nothing is left without a head, "
+                "its minimality is infinite, and only the table has it.",
+            )
+            for role in content["models"]
+        )
+        + "<details><summary>As a table</summary>"
+        + frame_table(
+            tables["minimality"],
+            {
+                "model": "model",
+                "group": "group",
+                "head": "head",
+                "removed_first": "removed first",
+                "accuracy_then": "accuracy then",
+                "and_without_the_head": "and without the head",
+                "minimality": "minimality",
+                "kept": "kept",
+            },
+        )
+        + "</details>"
+    )
+
+
+def _knockout(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> str:
+    published = ", ".join(
+        f"{accuracy:.2f} from layer {layer}" for layer, accuracy in PUBLISHED_KNOCKOUT.items()
+    )
+    return (
+        "<p>One token no longer sees another, from a layer up. While accuracy stays low, what is "
+        "needed passes between the two in that layer or above; where the curve is back at the "
+        "whole model's, it has passed. In grey, the same for tokens drawn at random. Published for "
+        "Llama-7B (32 layers, counted from 1), last token to correct object: "
+        f"{published}.</p>"
+        + "".join(
+            figure_element(figures, f"{role}_knockout", "Bands: 95 % Wilson intervals.")
+            for role in roles
+        )
+        + "<details><summary>As a table</summary>"
+        + frame_table(
+            tables["knockout"],
+            {
+                "model": "model",
+                "from": "from",
+                "to": "to",
+                "first_layer": "first layer",
+                "accuracy": "accuracy",
+                "low": "low",
+                "high": "high",
+                "control": "random tokens",
+            },
+        )
+        + "</details>"
+    )
+
+
+def _cmap(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
+    published = table(
+        ["published: Llama-7B with head outputs of", *map(group_words, GROUPS), "whole circuit"],
+        [
+            [name, *(f"{found[group]:.2f}" for group in (*GROUPS, "whole circuit"))]
+            for name, found in PUBLISHED_CMAP.items()
+        ],
+    )
+    return (
+        "<p>On the same prompts one model answers while some of its heads take what the other "
+        "computes: their outputs, or only the queries, keys or values they work with. Both "
+        "directions; the bars at the ends are the two models alone.</p>"
+        + "".join(
+            figure_element(figures, f"cmap_{name}", "95 % Wilson intervals.")
+            for name in content["cmap"]
+        )
+        + published
+        + "<details><summary>As a table</summary>"
+        + frame_table(
+            tables["cmap"],
+            {
+                "into": "model",
+                "from": "heads of",
+                "group": "group",
+                "patch": "patched",
+                "accuracy": "accuracy",
+                "low": "low",
+                "high": "high",
+                "recovered": "share of the gain",
+                "recovered_low": "low",
+                "recovered_high": "high",
+            },
+        )
+        + "</details>"
+    )

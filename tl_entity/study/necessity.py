@@ -1,0 +1,122 @@
+"""Is the circuit all there is, and does it need all of its heads?"""
+
+import math
+
+from tl_entity.heads import Circuit
+from tl_entity.methods.completeness import Removal, completeness
+from tl_entity.methods.minimality import LARGEST_SHARE, HeadMinimality, minimality
+from tl_entity.study.experiments import Bench, accuracy_record, groups_record, heads_record
+from tl_entity.study.store import Outcome, Record
+
+RANDOM_PARTS = 20
+"""Random parts of the circuit that completeness removes."""
+
+
+def measure_completeness(bench: Bench, circuit: Circuit) -> Record:
+    """Circuit and model without the same heads: each group, and random parts of the circuit."""
+    seed = bench.seed("completeness")
+    prompts = bench.test_prompts()
+
+    def compute() -> Outcome:
+        runs = 2 * (1 + len(circuit.groups) + RANDOM_PARTS) * len(prompts)
+        with bench.progress(f"{bench.role}: completeness", runs) as done:
+            found = completeness(
+                bench.model,
+                prompts,
+                circuit,
+                mean_outputs=bench.mean_outputs(),
+                seed=seed,
+                n_random=RANDOM_PARTS,
+                engine=bench.settings.engine,
+                batch_size=bench.batch_size,
+                progress=done,
+            )
+        kinds = {"whole": (found.whole,), "group": found.groups, "random": found.random}
+        return {
+            "entries": [
+                _removal_record(kind, removal)
+                for kind, removals in kinds.items()
+                for removal in removals
+            ]
+        }, {}
+
+    asked = {**_tested_on(bench, circuit), "seed": seed, "random": RANDOM_PARTS}
+    return bench.step("completeness", asked, compute)[0]
+
+
+def measure_minimality(bench: Bench, circuit: Circuit) -> Record:
+    """What the circuit loses with each of its heads, and which are kept."""
+    seed = bench.seed("minimality")
+    prompts = bench.test_prompts()
+
+    def compute() -> Outcome:
+        # At most so many: which parts are removed depends on what is found on the way.
+        parts = sum(
+            n * (n + 1) // 2 + 2 * n * math.ceil(LARGEST_SHARE * n)
+            for n in (len(group.heads) for group in circuit)
+        )
+        most, shown = (2 + parts) * len(prompts), 0
+        with bench.progress(f"{bench.role}: minimality", most) as done:
+
+            def count(runs: int) -> None:
+                nonlocal shown
+                shown += runs
+                done(runs)
+
+            found = minimality(
+                bench.model,
+                prompts,
+                circuit,
+                mean_outputs=bench.mean_outputs(),
+                seed=seed,
+                engine=bench.settings.engine,
+                batch_size=bench.batch_size,
+                progress=count,
+            )
+            done(most - shown)
+        return {
+            "entries": [_head_record(head) for head in found.heads],
+            "circuit": accuracy_record(found.of_circuit),
+            "minimal": accuracy_record(found.of_minimal),
+            "minimal_circuit": groups_record(found.minimal),
+        }, {}
+
+    return bench.step("minimality", {**_tested_on(bench, circuit), "seed": seed}, compute)[0]
+
+
+def _tested_on(bench: Bench, circuit: Circuit) -> Record:
+    s = bench.settings
+    return {
+        "circuit": groups_record(circuit),
+        "prompts": s.prompts,
+        "boxes": s.boxes,
+        "test": bench.seed("faithfulness"),
+        "ablation": bench.seed("ablation"),
+        "engine": s.engine,
+    }
+
+
+def _removal_record(kind: str, removal: Removal) -> Record:
+    return {
+        "kind": kind,
+        "removed": removal.name or "nothing",
+        "heads": {position: heads_record(heads) for position, heads in removal.heads.items()},
+        "circuit": accuracy_record(removal.of_circuit),
+        "model": accuracy_record(removal.of_model),
+        "difference": removal.difference,
+        "difference_interval": list(removal.difference_interval),
+    }
+
+
+def _head_record(found: HeadMinimality) -> Record:
+    return {
+        "group": found.group,
+        "head": list(found.head),
+        "removed": heads_record(found.removed),
+        "without_removed": accuracy_record(found.without_removed),
+        "without_head": accuracy_record(found.without_head),
+        # Infinite where nothing is left without the head, which JSON has no number for.
+        "score": found.score if found.score != float("inf") else "infinite",
+        "interval": list(found.interval),
+        "kept": found.kept,
+    }

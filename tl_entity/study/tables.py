@@ -1,0 +1,244 @@
+"""Every experiment as a table: data frames made from the content of results.json."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tl_entity.heads import Head
+from tl_entity.study.settings import GROUPS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
+
+
+def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
+    """All tables by file name; a table that would be empty is left out."""
+    import pandas as pd
+
+    models = results["models"]
+    rows: dict[str, list[Row]] = {
+        "accuracy": [
+            {"model": model["label"], "boxes": int(boxes), **_share(found)}
+            for model in models.values()
+            for boxes, found in sorted(model["accuracy"].items(), key=lambda item: int(item[0]))
+        ],
+        "circuits": [row for model in models.values() for row in _circuit_rows(model)],
+        **{
+            name: [row for model in models.values() if key in model for row in rows_of(model)]
+            for name, (key, rows_of) in _OF_A_MODEL.items()
+        },
+        "cmap": [row for record in results["cmap"].values() for row in _cmap_rows(models, record)],
+        "comparison": _comparison_rows(results["same_circuit"]),
+        "verdict": [
+            {key: finding[key] for key in ("question", "answer", "text")}
+            for finding in results["verdict"]
+        ],
+    }
+    return {name: pd.DataFrame(some) for name, some in rows.items() if some}
+
+
+def to_markdown(table: "pd.DataFrame") -> str:
+    """A Markdown table; numbers to three places."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return "" if value != value else f"{value:.3f}"
+        return "" if value is None else str(value).replace("|", "\\|")
+
+    lines = [
+        "| " + " | ".join(str(column).replace("_", " ") for column in table.columns) + " |",
+        "|" + "---|" * len(table.columns),
+    ]
+    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in table.itertuples(index=False)]
+    return "\n".join(lines) + "\n"
+
+
+def heads_text(heads: list[list[int]]) -> str:
+    """`L1H0 L2H3`."""
+    return " ".join(str(Head(*head)) for head in heads)
+
+
+def _share(found: Mapping[str, Any]) -> Row:
+    low, high = found["interval"]
+    return {
+        "correct": found["correct"],
+        "prompts": found["prompts"],
+        "accuracy": found["accuracy"],
+        "low": low,
+        "high": high,
+    }
+
+
+def _circuit_rows(model: Mapping[str, Any]) -> list[Row]:
+    return [
+        {
+            "model": model["label"],
+            "group": group,
+            "position": model["discovery"][group]["position"],
+            "head": str(Head(*head)),
+            "score": model["discovery"][group]["scores"][head[0]][head[1]],
+        }
+        for group in GROUPS
+        for head in model["circuit"][group]
+    ]
+
+
+def _faithfulness_rows(model: Mapping[str, Any]) -> list[Row]:
+    found = model["faithfulness"]
+    scored = {
+        "its circuit": found,
+        "every head at its positions": found["every_head"],
+        **{f"circuit of {other}": score for other, score in found["other_circuits"].items()},
+    }
+    rows = [{"model": model["label"], "kept": "everything", **_share(found["model"])}]
+    for kept, score in scored.items():
+        low, high = score["interval"]
+        rows.append(
+            {
+                "model": model["label"],
+                "kept": kept,
+                **_share(score["circuit"]),
+                "faithfulness": score["faithfulness"],
+                "faithfulness_low": low,
+                "faithfulness_high": high,
+            }
+        )
+    return rows
+
+
+def _mask_rows(model: Mapping[str, Any]) -> list[Row]:
+    return [
+        {
+            "model": model["label"],
+            "group": mask["group"],
+            "desideratum": mask["desideratum"],
+            "candidates": len(mask["candidates"]),
+            "selected": heads_text(mask["selected"]),
+            "validation_accuracy": mask["validation_accuracy"],
+            **_share(mask["test"]),
+            "with_all_candidates": mask["test_of_all"]["accuracy"],
+            "with_none": mask["test_of_none"]["accuracy"],
+        }
+        for mask in model["dcm"]["masks"]
+    ]
+
+
+def _carries_rows(model: Mapping[str, Any]) -> list[Row]:
+    return [
+        {
+            "model": model["label"],
+            "heads_of": heads,
+            "group": entry["group"],
+            "desideratum": entry["desideratum"],
+            "heads": heads_text(entry["heads"]),
+            **_share(entry),
+            "draws": len(entry["draws"]),
+        }
+        for heads, record in model["information"].items()
+        for entry in record["entries"]
+    ]
+
+
+def _completeness_rows(model: Mapping[str, Any]) -> list[Row]:
+    return [
+        {
+            "model": model["label"],
+            "removed": entry["removed"],
+            "heads": "; ".join(f"{at}: {heads_text(h)}" for at, h in entry["heads"].items()),
+            "circuit_without": entry["circuit"]["accuracy"],
+            "model_without": entry["model"]["accuracy"],
+            "difference": entry["difference"],
+            "low": entry["difference_interval"][0],
+            "high": entry["difference_interval"][1],
+        }
+        for entry in model["completeness"]["entries"]
+    ]
+
+
+def _minimality_rows(model: Mapping[str, Any]) -> list[Row]:
+    return [
+        {
+            "model": model["label"],
+            "group": entry["group"],
+            "head": str(Head(*entry["head"])),
+            "removed_first": heads_text(entry["removed"]),
+            "accuracy_then": entry["without_removed"]["accuracy"],
+            "and_without_the_head": entry["without_head"]["accuracy"],
+            "minimality": entry["score"],
+            "low": entry["interval"][0],
+            "high": entry["interval"][1],
+            "kept": entry["kept"],
+        }
+        for entry in model["minimality"]["entries"]
+    ]
+
+
+def _knockout_rows(model: Mapping[str, Any]) -> list[Row]:
+    return [
+        {
+            "model": model["label"],
+            "from": curve["from"],
+            "to": curve["to"],
+            "first_layer": layer,
+            **_share(found),
+            "control": curve["control"]["mean"][layer],
+        }
+        for curve in model["knockout"]["curves"]
+        for layer, found in enumerate(curve["layers"])
+    ]
+
+
+def _cmap_rows(models: Mapping[str, Any], record: Mapping[str, Any]) -> list[Row]:
+    into, source = models[record["into_role"]]["label"], models[record["from_role"]]["label"]
+    return [
+        {
+            "into": into,
+            "from": source,
+            "patch": entry["patch"],
+            "group": entry["group"],
+            **_share(entry),
+            "gain": entry["gain"],
+            "recovered": entry["recovered"],
+            "recovered_low": entry["recovered_interval"][0],
+            "recovered_high": entry["recovered_interval"][1],
+        }
+        for entry in record["entries"]
+    ]
+
+
+def _comparison_rows(same: Mapping[str, Any] | None) -> list[Row]:
+    if same is None:
+        return []
+    parts = {**same["groups"], "whole circuit": same["whole"]}
+    return [
+        {
+            "group": name,
+            "base": found["first"],
+            "tuned": found["second"],
+            "shared": len(found["shared"]),
+            "shared_by_chance": found["shared_by_chance"],
+            "p_value": found["p_value"],
+            **{
+                key: value
+                for measure in ("precision", "recall", "jaccard", "rank_correlation")
+                for key, value in (
+                    (measure, found[measure]),
+                    (f"{measure}_low", found[f"{measure}_interval"][0]),
+                    (f"{measure}_high", found[f"{measure}_interval"][1]),
+                )
+            },
+        }
+        for name, found in parts.items()
+    ]
+
+
+_OF_A_MODEL: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Row]]]] = {
+    "faithfulness": ("faithfulness", _faithfulness_rows),
+    "masks": ("dcm", _mask_rows),
+    "carries": ("information", _carries_rows),
+    "completeness": ("completeness", _completeness_rows),
+    "minimality": ("minimality", _minimality_rows),
+    "knockout": ("knockout", _knockout_rows),
+}
+"""Tables of single models: the experiment that each is made from, and how."""
