@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from tl_entity.methods.circuits import evaluate_removals as evaluate_removals
     from tl_entity.methods.circuits import mean_head_outputs as mean_head_outputs
     from tl_entity.methods.circuits import random_circuits as random_circuits
+    from tl_entity.methods.cmap import cmap as cmap
+    from tl_entity.methods.cmap import cmap_by_group as cmap_by_group
+    from tl_entity.methods.compare import compare as compare
+    from tl_entity.methods.completeness import completeness as completeness
     from tl_entity.methods.dcm import HeadMask as HeadMask
     from tl_entity.methods.dcm import LearnedMasks as LearnedMasks
     from tl_entity.methods.dcm import MaskedForward as MaskedForward
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from tl_entity.methods.discovery import Discovery as Discovery
     from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
+    from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
+    from tl_entity.methods.knockout import knockout_curve as knockout_curve
+    from tl_entity.methods.minimality import minimality as minimality
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
     from tl_entity.methods.path_patching import path_patch as path_patch
@@ -56,6 +63,10 @@ _HOME = {
     "box_prompts": "tasks.boxes",
     "carries": "methods.activation_patching",
     "Circuit": "heads",
+    "cmap": "methods.cmap",
+    "cmap_by_group": "methods.cmap",
+    "compare": "methods.compare",
+    "completeness": "methods.completeness",
     "DESIDERATA": "tasks.desiderata",
     "Desideratum": "tasks.desiderata",
     "desideratum_draws": "tasks.desiderata",
@@ -73,6 +84,8 @@ _HOME = {
     "HeadMask": "methods.dcm",
     "HeadScores": "methods.path_patching",
     "InputError": "errors",
+    "knock_out_attention": "methods.knockout",
+    "knockout_curve": "methods.knockout",
     "learn_mask": "methods.dcm",
     "learn_masks": "methods.dcm",
     "LearnedMasks": "methods.dcm",
@@ -82,6 +95,7 @@ _HOME = {
     "MaskedForward": "methods.dcm",
     "mean_head_outputs": "methods.circuits",
     "Metric": "metrics",
+    "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
     "path_patch": "methods.path_patching",

@@ -23,6 +23,7 @@ from tl_entity.exact.window import (
     Window,
     WindowEdit,
 )
+from tl_entity.heads import HeadsAt
 from tl_entity.hooks.edits import (
     KnockOutAttention,
     MaskHeads,
@@ -265,6 +266,45 @@ class CleanRun:
 
     def _keys_and_values(self, layer: int) -> KeysAndValues:
         return self._clean("rot_k", layer), self._clean("v", layer)
+
+
+@checked
+def edited_resid_each(
+    model: HookedTransformer,
+    prompts: PromptBatch,
+    choices: Sequence[HeadsAt],
+    edits: Sequence[Sequence[tuple[str, HookFunction]]],
+) -> list[Float[Tensor, "batch d_model"]]:
+    """The final residual stream at `"last"` under each choice of heads edited at named positions,
+    from one recorded run: each choice costs the tokens and layers from its own first head on.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        choices: for each the heads by position; without any, the run stays as it is.
+        edits: what is done to them.
+
+    Raises:
+        InputError: as `CleanRun.record` and `CleanRun.answer_logits`.
+    """
+    there = [{at: heads for at, heads in choice.items() if heads} for choice in choices]
+    lowest = {min(h.layer for some in heads.values() for h in some) for heads in there if heads}
+    if not lowest:
+        point = hook_point("resid_post", model.cfg.n_layers - 1)
+        return [record(model, prompts, {point: ANSWER_POSITION})[point]] * len(choices)
+    positions = sorted({position for heads in there for position in heads})
+    run = CleanRun.record(
+        model, prompts, first_layer=min(lowest), positions=positions, begins=lowest
+    )
+    final: list[Tensor] = [run.final] * len(choices)
+    # Those at the same positions go together, from the earliest of these on.
+    for at in {tuple(sorted(heads)) for heads in there if heads}:
+        some = [index for index, heads in enumerate(there) if tuple(sorted(heads)) == at]
+        start = torch.stack([prompts.position(position) for position in at]).amin(0)
+        found = replace(run, start=start).answer_resid_each([edits[index] for index in some])
+        for index, resid in zip(some, found, strict=True):
+            final[index] = resid
+    return final
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ then answers with the target tells whether they carry what the two prompts diffe
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +17,17 @@ from transformer_lens import HookedTransformer
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.suffix import CleanRun
+from tl_entity.exact.blocks import unembed
+from tl_entity.exact.suffix import edited_resid_each
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
-from tl_entity.hooks.edits import Hook, patch_heads
+from tl_entity.hooks.edits import patch_heads
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
 from tl_entity.stats import Interval, wilson_interval
-from tl_entity.tasks.batches import PairBatch, PromptBatch
+from tl_entity.tasks.batches import PairBatch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -283,29 +284,6 @@ def _patched_logits(
     edits = [patch_heads(cache, heads, into=pairs.clean, source=pairs.corrupt) for heads in choices]
     if engine == "hooks" or not layers:
         return [answer_logits(model, pairs.clean, hooks) for hooks in edits]
-    return _recomputed_logits(model, pairs.clean, choices, edits)
-
-
-def _recomputed_logits(
-    model: HookedTransformer,
-    prompts: PromptBatch,
-    choices: Sequence[HeadsAt],
-    edits: Sequence[list[Hook]],
-) -> Sequence[Float[Tensor, "batch d_vocab"]]:
-    """The same from one recorded run, each choice recomputed from its own token and layer on."""
-    lowest = {min(head.layer for at in heads.values() for head in at) for heads in choices if heads}
-    positions = sorted({position for heads in choices for position in heads})
-    run = CleanRun.record(
-        model, prompts, first_layer=min(lowest), positions=positions, begins=lowest
-    )
-    logits: list[Tensor] = [torch.empty(0)] * len(choices)
-    # Those at the same positions go together, from the earliest of these on.
-    for at in {tuple(sorted(heads)) for heads in choices}:
-        some = [i for i, heads in enumerate(choices) if tuple(sorted(heads)) == at]
-        starts = [prompts.position(position) for position in at] or [run.start]
-        from_there = replace(run, start=torch.stack(starts).amin(0))
-        for i, found in zip(
-            some, from_there.answer_logits_each([edits[i] for i in some]), strict=True
-        ):
-            logits[i] = found
-    return logits
+    return [
+        unembed(model, final) for final in edited_resid_each(model, pairs.clean, choices, edits)
+    ]

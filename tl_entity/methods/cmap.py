@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import unembed
-from tl_entity.exact.suffix import CleanRun, within
+from tl_entity.exact.suffix import edited_resid_each, within
 from tl_entity.exact.window import Window
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.cross_model import (
@@ -142,7 +142,7 @@ def cmap_each(
             return (answer_logits(base, readable, hooks) for hooks in edits)
         return (
             unembed(base, final)
-            for final in _recomputed(base, readable, [heads for heads, _ in chosen], edits)
+            for final in edited_resid_each(base, readable, [heads for heads, _ in chosen], edits)
         )
 
     return evaluate_each(
@@ -355,31 +355,6 @@ def _edits(
     if patch == OUTPUT:
         return [*patch_heads(cache, heads, into=prompts)]
     return input_hooks(cache, base, prompts, heads, inputs=patch)
-
-
-def _recomputed(
-    base: HookedTransformer,
-    prompts: PromptBatch,
-    choices: Sequence[HeadsAt],
-    edits: Sequence[Edits],
-) -> Sequence[Tensor]:
-    """The final residual stream under each choice, recomputed from its own token and layer on."""
-    lowest = {
-        min(head.layer for some in heads.values() for head in some) for heads in choices if heads
-    }
-    positions = sorted({position for heads in choices for position in heads})
-    run = CleanRun.record(
-        base, prompts, first_layer=min(lowest), positions=positions, begins=lowest
-    )
-    final: list[Tensor] = [run.final] * len(choices)
-    # Those at the same positions go together, from the earliest of these on.
-    for at in {tuple(sorted(heads)) for heads in choices if heads}:
-        some = [i for i, heads in enumerate(choices) if tuple(sorted(heads)) == at]
-        start = torch.stack([prompts.position(position) for position in at]).amin(0)
-        found = replace(run, start=start).answer_resid_each([edits[i] for i in some])
-        for i, resid in zip(some, found, strict=True):
-            final[i] = resid
-    return final
 
 
 @within.register
