@@ -24,6 +24,7 @@ from tl_entity.exact.window import (
     WindowEdit,
 )
 from tl_entity.heads import HeadsAt
+from tl_entity.hooks.cross_model import ReplaceKeys, ReplaceValues
 from tl_entity.hooks.edits import (
     KnockOutAttention,
     MaskHeads,
@@ -389,6 +390,26 @@ def _(edit: KnockOutAttention, window: Window) -> KnockOutAttention:
         from_positions=_window_positions(edit.from_positions, window),
         to_positions=torch.where(own < 0, seen, ahead + own),
     )
+
+
+@within.register
+def _(edit: ReplaceKeys, window: Window) -> ReplaceKeys:
+    positions = _window_positions(edit.positions, window)
+    return replace(edit, positions=positions, keys=_as_scored(edit.keys, window))
+
+
+@within.register
+def _(edit: ReplaceValues, window: Window) -> ReplaceValues:
+    positions = _window_positions(edit.positions, window)
+    return replace(edit, positions=positions, values=_as_scored(edit.values, window))
+
+
+def _as_scored(vectors: Tensor, window: Window) -> Tensor:
+    """Vectors of whole prompts as the window's scores count tokens: those ahead of it first, as
+    many as the longest prefix has, then its own."""
+    vectors = vectors.to(window.tokens.device)
+    ahead = vectors[window.members, : window.before.shape[1]]
+    return torch.cat([ahead, window.clean(vectors)], 1)
 
 
 def _window_positions(positions: Tensor, window: Window) -> Tensor:

@@ -13,12 +13,9 @@ from transformer_lens import HookedTransformer
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import unembed
-from tl_entity.exact.suffix import edited_resid_each, within
-from tl_entity.exact.window import Window
+from tl_entity.exact.suffix import edited_resid_each
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.cross_model import (
-    ReplaceKeys,
-    ReplaceValues,
     check_same_architecture,
     input_hooks,
     input_points,
@@ -355,35 +352,3 @@ def _edits(
     if patch == OUTPUT:
         return [*patch_heads(cache, heads, into=prompts)]
     return input_hooks(cache, base, prompts, heads, inputs=patch)
-
-
-@within.register
-def _(edit: ReplaceKeys, window: Window) -> ReplaceKeys:
-    return replace(
-        edit, positions=_in_window(edit.positions, window), keys=_as_scored(edit.keys, window)
-    )
-
-
-@within.register
-def _(edit: ReplaceValues, window: Window) -> ReplaceValues:
-    return replace(
-        edit, positions=_in_window(edit.positions, window), values=_as_scored(edit.values, window)
-    )
-
-
-def _in_window(positions: Tensor, window: Window) -> Tensor:
-    shifted = positions.to(window.tokens.device)[window.members] - window.tokens[:, 0]
-    if bool((shifted < 0).any()):
-        raise InputError(
-            f"An edit lies before token {int(window.tokens[:, 0].min())}, the first that can be "
-            "recomputed; record the run with the named position of the edit."
-        )
-    return shifted
-
-
-def _as_scored(vectors: Tensor, window: Window) -> Tensor:
-    """Vectors of whole prompts as the window's scores count tokens: those ahead of it first, as
-    many as the longest prefix has, then its own."""
-    vectors = vectors.to(window.tokens.device)
-    ahead = vectors[window.members, : window.before.shape[1]]
-    return torch.cat([ahead, vectors[window.members[:, None], window.tokens]], 1)
