@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_reproduce(commands)
     _add_train(commands)
+    _add_models(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -212,6 +214,80 @@ def _add_train(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command.set_defaults(run=_train)
 
 
+def _add_models(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+    command = commands.add_parser(
+        "models",
+        help="list the models that have a name here",
+        description="Names that stand for a model wherever one is asked for, with its size, the "
+        "memory of its weights, licence and source. Any folder or hub id of a Llama, Mistral, "
+        "Qwen2 or Qwen3 model does as well.",
+    )
+    command.set_defaults(run=_models)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+    command = commands.add_parser(
+        "plan",
+        help="what a long run will take, before it is started",
+        description="Counts, from a model's configuration alone, the operations and the memory of "
+        "each step on the exact engine, and the runs that plain hooks would need; then times "
+        "matrix products of these shapes for about a second to estimate how long each step takes "
+        "on this machine. Where a model's circuit is not known, its heads are taken to be spread "
+        "over the upper half of the layers.",
+    )
+    add = command.add_argument
+    add(
+        "--model",
+        default="default-base",
+        metavar="MODEL",
+        help="a name, a folder, a GGUF file, or a hub id, of which no weights are fetched "
+        "(default: default-base)",
+    )
+    add(
+        "--prompts",
+        type=_whole_number(1),
+        default=200,
+        metavar="N",
+        help="prompts, or pairs of them (default: 200)",
+    )
+    add(
+        "--boxes",
+        type=_whole_number(1),
+        default=7,
+        metavar="N",
+        help="boxes in a prompt (default: 7)",
+    )
+    add(
+        "--sizes",
+        type=_sizes(4),
+        metavar="A,B,C,D",
+        help="heads in each of the four groups (default: as in reproduce)",
+    )
+    add(
+        "--receiver-sizes",
+        type=_sizes(3),
+        metavar="A,B,C",
+        help="how many of a group's heads the next stage patches into (default: as in reproduce)",
+    )
+    add(
+        "--circuits",
+        type=_whole_number(1),
+        default=11,
+        metavar="N",
+        help="how many circuits are evaluated (default: 11, one and ten random ones)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "float64", "float16", "bfloat16"],
+        default="float32",
+        help="of weights and activations (default: float32)",
+    )
+    add("--device", metavar="NAME", help="such as cpu or cuda (default: the best there is)")
+    add("--untimed", action="store_true", help="count only, without the calibration")
+    add("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_plan)
+
+
 def _reproduce(options: argparse.Namespace) -> None:
     _quieten()
     from tl_entity.exact.precision import float32_matmul_precision
@@ -265,6 +341,55 @@ def _train(options: argparse.Namespace) -> None:
     check_writable(options.out)
     train_default_pair(options.out, seed=options.seed)
     _say(f"The pair is in {options.out}.")
+
+
+def _models(options: argparse.Namespace) -> None:
+    from tl_entity.models.registry import listing
+
+    for line in listing():
+        _say(line)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    _quieten()
+    import json
+
+    from tl_entity.methods.plan import (
+        box_layout,
+        entity_tracking_jobs,
+        plan,
+        read_configuration,
+    )
+    from tl_entity.study.settings import GROUPS, Settings, planted, resolve_sizes
+    from tl_entity.tasks.pairs import discovery_pairs
+
+    cfg, tokenizer = read_configuration(options.model, dtype=options.dtype, device=options.device)
+    settings = Settings(
+        base=options.model,
+        tuned=None,
+        prompts=max(2, options.prompts),
+        sizes=options.sizes and dict(zip(GROUPS, options.sizes, strict=True)),
+        receiver_sizes=options.receiver_sizes
+        and dict(zip(GROUPS[:-1], options.receiver_sizes, strict=True)),
+    )
+    sizes, receivers = resolve_sizes(settings, cfg.n_layers * cfg.n_heads)
+    known = planted(options.model) if options.sizes is options.receiver_sizes is None else None
+    jobs = entity_tracking_jobs(
+        cfg,
+        sizes=sizes,
+        receivers=receivers if known is None else {name: known[name] for name in receivers},
+        circuits=options.circuits,
+    )
+    if tokenizer is None:
+        pairs = box_layout(options.prompts, n_boxes=options.boxes)
+    else:
+        pairs = discovery_pairs(tokenizer, options.prompts, n_boxes=options.boxes, seed=0)
+    found = plan(cfg, pairs, jobs, timed=not options.untimed)
+    if options.json:
+        _say(json.dumps({"model": options.model, **found.to_dict()}, indent=2))
+        return
+    for line in found.table():
+        _say(line)
 
 
 @contextmanager

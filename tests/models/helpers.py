@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 SIZES: dict[str, Any] = {
@@ -35,6 +37,10 @@ def llama(**changes: Any) -> PreTrainedModel:
 
 def qwen2(**changes: Any) -> PreTrainedModel:
     return _random(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes})))
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    return _random(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 16, **changes})))
 
 
 def mistral(**changes: Any) -> PreTrainedModel:

@@ -3,13 +3,11 @@
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.models.helpers import in_float64, llama, mistral, qwen2, save
-from tl_entity.errors import InputError
+from tests.models.helpers import in_float64, llama, mistral, qwen2, qwen3, save
 from tl_entity.models.load import load_model
 
 ROPE = {
@@ -42,7 +40,16 @@ CHECKPOINTS = {
     "eps": lambda: llama(rms_norm_eps=1e-2),
     "gelu": lambda: llama(hidden_act="gelu"),
     "mistral": lambda: mistral(num_key_value_heads=2),
+    "mistral with a window": lambda: mistral(num_key_value_heads=2, sliding_window=16),
     "qwen2": qwen2,
+    "qwen2 with a window in some layers": lambda: qwen2(
+        use_sliding_window=True, sliding_window=16, max_window_layers=1
+    ),
+    "qwen2 with a window that is not used": lambda: qwen2(sliding_window=16),
+    "qwen3": qwen3,
+    "qwen3 grouped, biased, tied": lambda: qwen3(
+        num_key_value_heads=2, attention_bias=True, tie_word_embeddings=True
+    ),
     "qwen2 grouped, tied": lambda: qwen2(num_key_value_heads=2, tie_word_embeddings=True),
     **{
         f"rope {kind}": lambda rope=rope: llama(rope_parameters=rope) for kind, rope in ROPE.items()
@@ -110,6 +117,18 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(right[:, :9], alone, atol=1e-4, rtol=0)
 
 
+def test_embeddings_said_to_be_tied_that_are_not(tmp_path: Path) -> None:
+    # As transformers does: a matrix of its own in the file is what counts.
+    folder = save(llama(), tmp_path)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('embeddings": false', 'embeddings": true'))
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    assert reference.config.tie_word_embeddings
+    tokens = torch.arange(10)[None]
+    ours = load_model(folder, device="cpu")(tokens)
+    torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=0)
+
+
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     reference = llama()
     whole = save(reference, tmp_path / "whole")
@@ -172,24 +191,3 @@ def test_padding_token_without_a_row_is_replaced(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     model = load_model(tmp_path, device="cpu")
     assert model.tokenizer.pad_token_id == 1
-
-
-@pytest.fixture
-def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return tmp_path
-
-
-def test_hub_id_is_found_in_the_cache_when_offline(offline_hub: Path) -> None:
-    repository = offline_hub / "models--someone--tiny"
-    save(llama(), repository / "snapshots" / "0123")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123")
-    assert load_model("someone/tiny", device="cpu").cfg.n_layers == 3
-
-
-def test_hub_id_that_is_not_in_the_cache_is_refused_when_offline(offline_hub: Path) -> None:
-    with pytest.raises(InputError, match="no folder someone/absent, and it can't be had"):
-        load_model("someone/absent", device="cpu")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         ({"rope_parameters": DYNAMIC}, "dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
         ({"hidden_act": "relu"}, "relu"),
+        ({"model_type": "mixtral"}, "experts"),
+        ({"model_type": "gemma2"}, "capped"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta 0.0"),
         ({"partial_rotary_factor": 0.5}, "rotated"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         # What transformers itself finds wrong is passed on, field and all.
@@ -94,10 +99,14 @@ def test_what_cannot_be_represented(folder: Path, changes: dict, word: str) -> N
     refused(folder, word)
 
 
-def test_sliding_window(tmp_path: Path) -> None:
-    refused(save(mistral(sliding_window=16), tmp_path / "mistral"), "window")
-    windowed = qwen2(use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    refused(save(windowed, tmp_path / "qwen2"), "window")
+@pytest.mark.parametrize(
+    "changes",
+    [{"sliding_window": 0}, {"sliding_window": "x"}, {"layer_types": ["full_attention"]}],
+)
+def test_window_that_makes_no_sense(tmp_path: Path, changes: dict) -> None:
+    folder = save(mistral(sliding_window=16), tmp_path)
+    change_config(folder, **changes)
+    refused(folder, "config.json", *changes)
 
 
 def test_truncated_weights(folder: Path) -> None:
@@ -231,11 +240,6 @@ def test_missing_tokenizer(folder: Path) -> None:
     refused(folder, str(folder), "tokenizer")
 
 
-@pytest.mark.parametrize("keywords", [{"adapter": "x"}, {"gguf_file": "x"}, {"backend": "bridge"}])
-def test_what_is_not_there_yet(folder: Path, keywords: dict) -> None:
-    refused(folder, "not supported yet", **keywords)
-
-
 @pytest.mark.parametrize("dtype", ["int7", torch.int8])
 def test_unknown_dtype(folder: Path, dtype: str | torch.dtype) -> None:
     refused(folder, "dtype", "bfloat16", dtype=dtype)
@@ -246,9 +250,24 @@ def test_unknown_device(folder: Path, device: str) -> None:
     refused(folder, device, device=device)
 
 
+@pytest.mark.parametrize("n_devices", [0, 2])
+def test_devices_that_are_not_there(folder: Path, n_devices: int) -> None:
+    refused(folder, f"n_devices={n_devices}", "'cpu'", n_devices=n_devices)
+
+
 def test_code_in_a_checkpoint_does_not_run(folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
     (folder / "evil.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
     change_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
     refused(folder, "evil")
+    change_config(folder, model_type="llama", auto_map={"AutoConfig": "evil.EvilConfig"})
+    load_model(folder, device="cpu")
+    file = folder / "tokenizer_config.json"
+    settings = {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with suppress(InputError):  # refused, or read without it
+        load_model(folder, device="cpu")
     assert not mark.exists()

@@ -10,8 +10,26 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 
-ARCHITECTURES: tuple[str, ...] = ("llama", "mistral", "qwen2")
+ARCHITECTURES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type`s that HookedTransformer represents exactly."""
+
+_OBSTACLES = {
+    "cohere": "its attention and MLP run in parallel",
+    "deepseek_v3": "its attention has latent vectors and its MLPs are experts",
+    "gemma": "its norms scale by one plus their weight",
+    "gemma2": "its norms scale by one plus their weight and its logits are capped",
+    "gemma3_text": "its norms scale by one plus their weight",
+    "gpt_oss": "its attention has sinks and its MLPs are experts",
+    "granite": "it scales embeddings, attention and logits by factors of its own",
+    "llama4_text": "its MLPs are experts",
+    "mixtral": "its MLPs are experts",
+    "olmo2": "it normalises after attention and MLP",
+    "phi3": "its projections are stored fused",
+    "qwen2_moe": "its MLPs are experts",
+    "qwen3_moe": "its MLPs are experts",
+    "smollm3": "some of its layers have no rotary embedding",
+}
+"""What keeps the relatives of these families out."""
 
 
 @checked
@@ -28,6 +46,8 @@ def hooked_config(
     """
     _refuse_what_differs(config)
     _refuse_what_is_no_size(config)
+    _refuse_what_is_no_constant(config)
+    window, attention_kinds = _windows(config)
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
@@ -54,6 +74,10 @@ def hooked_config(
         positional_embedding_type="rotary",
         rotary_dim=d_head,
         rotary_adjacent_pairs=False,
+        use_qk_norm=config.model_type == "qwen3",
+        use_local_attn=window is not None,
+        window_size=window,
+        attn_types=attention_kinds,
         init_weights=False,
         model_name=str(config.model_type),
         tie_word_embeddings=bool(config.tie_word_embeddings),
@@ -70,21 +94,22 @@ def biased_projections(config: PretrainedConfig) -> frozenset[str]:
     """The attention projections (`q_proj` to `o_proj`) that have a bias in this model."""
     if config.model_type == "qwen2":
         return frozenset({"q_proj", "k_proj", "v_proj"})
-    if config.model_type == "llama" and getattr(config, "attention_bias", False):
+    if config.model_type in ("llama", "qwen3") and getattr(config, "attention_bias", False):
         return frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
     return frozenset()
 
 
 def _refuse_what_differs(config: PretrainedConfig) -> None:
     if config.model_type not in ARCHITECTURES:
+        obstacle = _OBSTACLES.get(config.model_type)
+        why = f" ({obstacle})" if obstacle else ""
         raise InputError(
-            f"The checkpoint is of architecture {config.model_type!r}; "
+            f"The checkpoint is of architecture {config.model_type!r}{why}; "
             f"those supported are {', '.join(ARCHITECTURES)}."
         )
     rope = _rope_parameters(config)
     rotated = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0)
     reasons = {
-        "its attention slides over a window": _has_sliding_window(config),
         "its MLP has biases on gate_proj and up_proj": bool(getattr(config, "mlp_bias", False)),
         f"its activation is {config.hidden_act!r}": config.hidden_act not in ("silu", "gelu"),
         "its weights are quantised": getattr(config, "quantization_config", None) is not None,
@@ -115,14 +140,43 @@ def _refuse_what_is_no_size(config: PretrainedConfig) -> None:
             raise InputError(f"config.json has {name} {size!r}; it must be a positive number.")
 
 
-def _has_sliding_window(config: PretrainedConfig) -> bool:
-    if config.model_type == "qwen2":
-        # A window may be set and not used, or used in no layer.
-        kinds = getattr(config, "layer_types", None)
-        if kinds is not None:
-            return any(kind != "full_attention" for kind in kinds)
-        return bool(config.use_sliding_window and config.sliding_window)
-    return getattr(config, "sliding_window", None) is not None
+def _refuse_what_is_no_constant(config: PretrainedConfig) -> None:
+    eps = config.rms_norm_eps
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < 1:
+        raise InputError(f"config.json has rms_norm_eps {eps!r}; it must be a small number.")
+
+
+def _windows(config: PretrainedConfig) -> tuple[int | None, list[str] | None]:
+    """How many keys a query sees at most, and which layers ("local") that holds for."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    # Qwen may set a window and not use it, or use it in some layers only.
+    if config.model_type == "llama" or (
+        config.model_type.startswith("qwen") and not getattr(config, "use_sliding_window", False)
+    ):
+        window = None
+    if window is None:
+        if any(kind != "full_attention" for kind in kinds or ()):
+            raise InputError(
+                "config.json has layers that attend to a window, but no size of the window."
+            )
+        return None, None
+    if not isinstance(window, int) or window < 1:
+        raise InputError(
+            f"config.json has sliding_window {window!r}; it must be a positive number."
+        )
+    if kinds is None:
+        return window, ["local"] * config.num_hidden_layers
+    names = {"full_attention": "global", "sliding_attention": "local"}
+    unknown = [kind for kind in kinds if kind not in names]
+    if unknown:
+        raise InputError(f"config.json has layers of the unknown kind {unknown[0]!r}.")
+    if len(kinds) != config.num_hidden_layers:
+        raise InputError(
+            f"config.json has {len(kinds)} layer_types for {config.num_hidden_layers} layers."
+        )
+    local = [names[kind] for kind in kinds]
+    return (window, local) if "local" in local else (None, None)
 
 
 def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
@@ -137,9 +191,14 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
     """The rotary embedding as fields of HookedTransformerConfig."""
     rope = _rope_parameters(config)
     for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
-        if isinstance(rope.get(name), (str, list, dict)):
+        given = rope.get(name, 1.0)
+        # A factor of yarn may be left open.
+        if given is None and name == "factor":
+            continue
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
             raise InputError(
-                f"The rotary embedding in config.json has {name} {rope[name]!r}, not a number."
+                f"The rotary embedding in config.json has {name} {given!r}; it must be a positive "
+                "number."
             )
     try:
         base = {"rotary_base": rope["rope_theta"]}

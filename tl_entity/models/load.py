@@ -1,22 +1,31 @@
-"""`load_model`: from a name, a folder or a hub id to a HookedTransformer with the same numbers."""
+"""`load_model`: from a name, a folder, a file, a hub id or a model in memory to a HookedTransformer
+with the same numbers."""
 
-import json
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from transformer_lens import HookedTransformer
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import nn
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.models.adapter import Adapter, read_adapter
+from tl_entity.models.bridge import bridge
+from tl_entity.models.checkpoint import Checkpoint, folder_checkpoint, memory_checkpoint
 from tl_entity.models.config import hooked_config
-from tl_entity.models.registry import REGISTRY, locate
-from tl_entity.models.weights import install_weights
+from tl_entity.models.files import reason
+from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
+from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
+from tl_entity.models.registry import locate, registered
+from tl_entity.models.tokenizers import prepends_bos, read_tokenizer, replace_missing_padding
+from tl_entity.models.weights import install_weights, share_weights
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -26,114 +35,213 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """What weights and activations can be held in."""
 
-HUB_FILES: list[str] = [
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-]
-"""All that is fetched of a hub repository: no code, no pickles."""
+
+@overload
+def load_model(
+    name_or_path: str | Path | nn.Module,
+    *,
+    adapter: str | Path | None = None,
+    gguf_file: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    backend: Literal["hooked"] = "hooked",
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    n_devices: int = 1,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> HookedTransformer: ...
+
+
+@overload
+def load_model(
+    name_or_path: str | Path | nn.Module,
+    *,
+    adapter: str | Path | None = None,
+    gguf_file: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    backend: Literal["bridge"],
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    n_devices: int = 1,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> TransformerBridge: ...
 
 
 @checked
 def load_model(
-    name_or_path: str | Path,
+    name_or_path: str | Path | nn.Module,
     *,
     adapter: str | Path | None = None,
     gguf_file: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     backend: Literal["hooked", "bridge"] = "hooked",
-) -> HookedTransformer:
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
+    n_devices: int = 1,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> HookedTransformer | TransformerBridge:
     """A Llama-family checkpoint as a HookedTransformer with the numbers of Hugging Face's model.
 
     Weights are not folded or centred, and do not require gradients. In the checkpoint's own dtype,
     on the CPU, they are not copied either but views of its memory-mapped files: leave those in
     place while the model lives. A change to a weight stays in memory and never reaches the file.
+    Another dtype or device makes one copy, matrix by matrix; an adapter copies what it changes.
 
     The tokenizer is the checkpoint's own, at `model.tokenizer`; `model.to_tokens(text)` gives the
     tokens that it gives, with a beginning-of-sequence token if and only if it puts one.
 
     Args:
-        name_or_path: a name from the registry ("default-base", "default-tuned"), a folder with
-            config.json, safetensors and a tokenizer, or a Hugging Face hub id.
-        adapter: a LoRA adapter to merge; not supported yet.
-        gguf_file: a GGUF file in the folder; not supported yet.
+        name_or_path: a name from the registry ("default-base", "llama-7b", ...; `tl-entity models`
+            lists them); a folder with config.json, weights (safetensors, or `.bin` pickles, of
+            which only tensors are read) and a tokenizer; a GGUF file; a Hugging Face hub id; or a
+            causal language model of transformers, whose weights are then shared with it.
+        adapter: a LoRA adapter to merge, plain, rank-stabilised or DoRA: folder or hub id. It is
+            merged in float32, and the base's files or model stay as they are.
+        gguf_file: the name of a GGUF file in the folder or hub repository. Quantised numbers are
+            decoded; the tokenizer is the one beside the file, if there is one with its vocabulary,
+            or else the file's own.
         dtype: of weights and activations: "float32", "float64", "float16", "bfloat16".
         device: such as "cpu" or "cuda:1"; CUDA where there is one if left out.
-        backend: "hooked"; "bridge" is not supported yet.
+        backend: "hooked"; "bridge" for a TransformerBridge, Hugging Face's own modules with
+            TransformerLens's hook points.
+        tokenizer: one to use instead of the checkpoint's own, or where it is found. A model in
+            memory brings none; the one of where it came from is used if that is on this machine.
+        n_devices: CUDA devices to spread the layers over, from `device` on.
+        revision: a branch, tag or commit of the model's hub repository.
+        adapter_revision: likewise for the adapter's.
+        token: for gated or private repositories; by default the one that the environment (HF_TOKEN)
+            or `hf auth login` gives.
+        local_files_only: only what is on this machine, the hub's cache included. HF_HUB_OFFLINE=1
+            does the same for the whole process.
 
     Raises:
         InputError: if the checkpoint is not there, is damaged, or cannot be represented exactly;
             the message says what and where.
     """
-    _refuse_what_comes_later(adapter, gguf_file, backend)
-    dtype = _dtype(dtype)
-    device = _device(device)
-    folder = _folder(name_or_path)
-    config = _read_config(folder)
-    cfg = hooked_config(config, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(folder)
-    padding: Any = tokenizer.pad_token_id
-    if padding is not None and padding >= cfg.d_vocab:
-        # Some fine-tunes add a padding token that the embedding has no row for.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        # Buffers are small and made for real; only parameters wait for the checkpoint's.
-        with init_empty_weights(include_buffers=False):
-            model = HookedTransformer(cfg, move_to_device=False)
-    install_weights(model, folder, config)
-    model.to(device, print_details=False)
-    _copy_rotary_tables(model, config)
-    model.eval()
-    # Set directly: set_tokenizer would load another one by name, with a BOS of its own choosing.
-    model.tokenizer = tokenizer
-    model.cfg.tokenizer_prepends_bos = model.cfg.default_prepend_bos = _prepends_bos(tokenizer)
-    return model
+    number, place = _dtype(dtype), _device(device, n_devices)
+    if backend == "bridge" and n_devices > 1:
+        raise InputError("A TransformerBridge is loaded onto one device; leave n_devices at 1.")
+    access = {"token": token, "local_files_only": local_files_only}
+    entry = None if isinstance(name_or_path, nn.Module) else registered(name_or_path)
+    if entry is not None and adapter is None:
+        adapter = entry.adapter
+    checkpoint = _checkpoint(name_or_path, gguf_file, revision=revision, **access)
+    merged = None
+    if adapter is not None:
+        merged = read_adapter(
+            find_folder(adapter, ADAPTER_FILES, revision=adapter_revision, **access)
+        )
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer, **access)
+    cfg = hooked_config(checkpoint.config, dtype=number, device=place)
+    cfg.n_devices = n_devices
+    own = tokenizer or checkpoint.tokenizer()
+    if own is not None:
+        replace_missing_padding(own, cfg.d_vocab)
+    if backend == "bridge":
+        return bridge(checkpoint, merged, own, dtype=number, device=place)
+    model = _empty(cfg)
+    install_weights(model, checkpoint, merged)
+    _place_buffers(model)
+    _copy_rotary_tables(model, checkpoint.config)
+    return _finished(model, own)
 
 
 @checked
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's own tokenizer, padding on the right.
+def load_tokenizer(
+    name_or_path: str | Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer, padding on the right, without loading the weights.
 
     Where it has no padding token, its end token stands in (or its unknown token); padding is
     masked, so which one it is changes nothing.
 
+    Args:
+        name_or_path: as for `load_model`; of a hub repository only the tokenizer is fetched.
+        gguf_file: as for `load_model`.
+        revision: as for `load_model`.
+        token: as for `load_model`.
+        local_files_only: as for `load_model`.
+
     Raises:
-        InputError: if the folder has none that can be read.
+        InputError: if there is none that can be read.
     """
-    folder = _folder(name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the library raises many kinds, some of them bare Exception
-        raise InputError(f"{folder} has no tokenizer that can be read: {_reason(error)}") from None
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+    access = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    file = _gguf(name_or_path, gguf_file, **access)
+    if file is not None:
+        return gguf_tokenizer(file)
+    return read_tokenizer(find_folder(name_or_path, TOKENIZER_FILES, **access))
 
 
-def _refuse_what_comes_later(
-    adapter: str | Path | None, gguf_file: str | None, backend: str
-) -> None:
-    if adapter is not None:
-        raise InputError(
-            "An adapter is not supported yet; merge it into its base and give that folder."
-        )
+@checked
+def with_adapter(
+    model: HookedTransformer,
+    adapter: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    local_files_only: bool = False,
+) -> HookedTransformer:
+    """Another model: this one with a LoRA adapter merged. This one stays as it is.
+
+    The two share every weight that the adapter does not change, so that several adapters can be
+    studied on one base in little more memory than the base's. For the most exact merge give
+    `adapter` to `load_model`: here the base is taken in the dtype that it was loaded in.
+
+    Raises:
+        InputError: if the adapter is not there, is damaged, belongs to another base, or cannot be
+            merged.
+    """
+    folder = find_folder(
+        adapter, ADAPTER_FILES, revision=revision, token=token, local_files_only=local_files_only
+    )
+    return _adapted(model, read_adapter(folder))
+
+
+def _adapted(model: HookedTransformer, adapter: Adapter) -> HookedTransformer:
+    other = _empty(model.cfg)
+    share_weights(other, model, adapter)
+    _place_buffers(other)
+    for block, original in zip(other.blocks, model.blocks, strict=True):
+        here: Any = block.attn
+        there: Any = original.attn
+        here.rotary_cos, here.rotary_sin = there.rotary_cos, there.rotary_sin
+    return _finished(other, model.tokenizer)
+
+
+def _checkpoint(
+    name_or_path: str | Path | nn.Module, gguf_file: str | None, **access: Any
+) -> Checkpoint:
+    if isinstance(name_or_path, nn.Module):
+        if gguf_file is not None:
+            raise InputError("gguf_file= is for a folder or hub id, not for a model in memory.")
+        return memory_checkpoint(name_or_path)
+    file = _gguf(name_or_path, gguf_file, **access)
+    if file is not None:
+        return gguf_checkpoint(file)
+    return folder_checkpoint(find_folder(name_or_path, MODEL_FILES, **access))
+
+
+def _gguf(name_or_path: str | Path, gguf_file: str | None, **access: Any) -> Path | None:
+    """The GGUF file that is meant, if one is."""
     if gguf_file is not None:
-        raise InputError("A GGUF file is not supported yet; convert it to a folder of safetensors.")
-    if backend != "hooked":
-        raise InputError(f'backend="{backend}" is not supported yet; leave it at "hooked".')
+        folder = find_folder(name_or_path, [*TOKENIZER_FILES, gguf_file], **access)
+        return folder / gguf_file
+    local = locate(name_or_path)
+    return local if local is not None and local.suffix == ".gguf" and local.is_file() else None
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -143,81 +251,61 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     raise InputError(f"dtype {dtype} is none of {', '.join(DTYPES)}.")
 
 
-def _device(device: str | torch.device | None) -> str:
+def _device(device: str | torch.device | None, n_devices: int) -> str:
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"The device {str(device)!r} can't be used: {_reason(error)}") from None
+        raise InputError(f"The device {str(device)!r} can't be used: {reason(error)}") from None
+    there = torch.cuda.device_count() - (torch.device(device).index or 0)
+    if n_devices < 1 or (n_devices > 1 and torch.device(device).type != "cuda"):
+        raise InputError(f"n_devices={n_devices} can't be used with the device {str(device)!r}.")
+    if n_devices > 1 and n_devices > there:
+        raise InputError(f"There are not {n_devices} CUDA devices from {str(device)!r} on.")
     return str(device)
 
 
-def _folder(name_or_path: str | Path) -> Path:
-    local = locate(name_or_path)
-    if local is not None:
-        if not local.is_dir():
-            raise InputError(f"{local} is a file; give the checkpoint's folder.")
-        return local
-    name = str(name_or_path)
-    parts = name.split("/")
-    if isinstance(name_or_path, Path) or len(parts) != 2 or name.startswith((".", "~", "/")):
-        names = ", ".join(model.name for model in REGISTRY)
-        raise InputError(
-            f"There is no folder {name}, and it is no hub id (owner/name) and none of {names}."
-        )
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises many kinds, network errors among them
-        raise InputError(
-            f"There is no folder {name}, and it can't be had from the hub: {_reason(error)}"
-        ) from None
+def _empty(cfg: HookedTransformerConfig) -> HookedTransformer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # Buffers are small and made for real; only parameters wait for the checkpoint's.
+        with init_empty_weights(include_buffers=False):
+            return HookedTransformer(cfg, move_to_device=False)
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder} is an adapter, not a whole model; merge it into its base.")
-        raise InputError(f"{folder} has no config.json; is it a checkpoint's folder?")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is not JSON that can be read: {_reason(error)}.") from None
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # an unknown model_type and bad values raise different kinds
-        raise InputError(
-            f"{file} (model_type {kind!r}) is no configuration that can be read: {_reason(error)}"
-        ) from None
+def _place_buffers(model: HookedTransformer) -> None:
+    for layer, block in enumerate(model.blocks):
+        block.to(get_device_for_block_index(layer, model.cfg))
+
+
+def _finished(
+    model: HookedTransformer, tokenizer: PreTrainedTokenizerBase | None
+) -> HookedTransformer:
+    model.eval()
+    if tokenizer is not None:
+        # Set directly: set_tokenizer would load another by name, with a BOS of its own choosing.
+        model.tokenizer = tokenizer
+        model.cfg.tokenizer_prepends_bos = prepends_bos(tokenizer)
+        model.cfg.default_prepend_bos = model.cfg.tokenizer_prepends_bos
+    return model
 
 
 def _copy_rotary_tables(model: HookedTransformer, config: PretrainedConfig) -> None:
     """Take cos and sin from transformers: angles computed otherwise drift in long prompts.
 
-    All layers share one pair of tables, for all of `n_ctx`: TransformerLens would compute its own
-    from the first position beyond.
+    All layers of a device share one pair of tables, for all of `n_ctx`: TransformerLens would
+    compute its own from the first position beyond.
     """
     # It reads only sizes and rope settings, which all families supported here share.
     settings: Any = config
     rotary = LlamaRotaryEmbedding(config=settings)
     # Angles are float32 in any dtype, as in Hugging Face's own forward.
-    cos, sin = rotary(torch.empty(0), torch.arange(model.cfg.n_ctx)[None])
-    place = {"device": model.cfg.device, "dtype": model.cfg.dtype}
-    cos, sin = cos[0].to(**place), sin[0].to(**place)
-    for block in model.blocks:
+    tables = rotary(torch.empty(0), torch.arange(model.cfg.n_ctx)[None])
+    cos, sin = (table[0].to(model.cfg.dtype) for table in tables)
+    for layer, block in enumerate(model.blocks):
+        device = get_device_for_block_index(layer, model.cfg)
+        cos, sin = cos.to(device), sin.to(device)
         attn: Any = block.attn
         attn.rotary_cos = cos
         attn.rotary_sin = sin
-
-
-def _prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-
-
-def _reason(error: Exception) -> str:
-    """A library's message as part of a sentence: its first line, or two if that only announces."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

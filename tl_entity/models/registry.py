@@ -11,31 +11,165 @@ PLANTED_FILE = "planted.json"
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A model that can be loaded by name.
+    """A model that can be loaded by name: one that ships, or one on the Hugging Face hub.
 
     Attributes:
         name: what `load_model` is given.
-        folder: its checkpoint, within the data that ships.
         note: what it is, in a line.
+        parameters: how many numbers it has, tied embeddings counted once.
+        licence: of the weights; the model's card has the last word.
+        folder: its checkpoint, within the data that ships.
+        hub_id: its repository on the hub.
+        adapter: the repository of a LoRA adapter that is merged into it.
     """
 
     name: str
-    folder: str
     note: str
+    parameters: int
+    licence: str
+    folder: str | None = None
+    hub_id: str | None = None
+    adapter: str | None = None
 
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people to read."""
+        parts = (self.hub_id or "ships with tl_entity", self.adapter)
+        return " + ".join(part for part in parts if part)
+
+    def bytes(self, bytes_per_number: int = 4) -> int:
+        """Memory for the weights; float32 unless another size is given."""
+        return self.parameters * bytes_per_number
+
+
+_LLAMA_1 = "LLaMA, research only"
+_LLAMA_3 = "Llama Community"
+_7B = 6_738_415_616
 
 REGISTRY: tuple[RegisteredModel, ...] = (
     RegisteredModel(
         "default-base",
-        "default_pair/base",
         "tiny Llama trained by this project, its entity-tracking circuit planted",
+        664_960,
+        "MIT",
+        folder="default_pair/base",
     ),
     RegisteredModel(
         "default-tuned",
-        "default_pair/tuned",
         "the same model fine-tuned by this project",
+        664_960,
+        "MIT",
+        folder="default_pair/tuned",
+    ),
+    RegisteredModel(
+        "llama-7b", "the paper's base model", _7B, _LLAMA_1, hub_id="huggyllama/llama-7b"
+    ),
+    RegisteredModel(
+        "vicuna-7b",
+        "the paper's: fine-tuned on conversations",
+        _7B,
+        _LLAMA_1,
+        hub_id="AlekseyKorshuk/vicuna-7b",
+    ),
+    RegisteredModel(
+        "goat-7b",
+        "the paper's: fine-tuned on arithmetic, an adapter",
+        _7B,
+        _LLAMA_1,
+        hub_id="huggyllama/llama-7b",
+        adapter="tiedong/goat-lora-7b",
+    ),
+    RegisteredModel(
+        "float-7b",
+        "the paper's: fully fine-tuned on arithmetic",
+        _7B,
+        _LLAMA_1,
+        hub_id="nikhil07prakash/float-7b",
+    ),
+    RegisteredModel(
+        "smollm2-135m", "small", 134_515_008, "Apache-2.0", hub_id="HuggingFaceTB/SmolLM2-135M"
+    ),
+    RegisteredModel(
+        "smollm2-360m", "small", 361_821_120, "Apache-2.0", hub_id="HuggingFaceTB/SmolLM2-360M"
+    ),
+    RegisteredModel(
+        "smollm2-1.7b", "small", 1_711_376_384, "Apache-2.0", hub_id="HuggingFaceTB/SmolLM2-1.7B"
+    ),
+    RegisteredModel("qwen2.5-0.5b", "small", 494_032_768, "Apache-2.0", hub_id="Qwen/Qwen2.5-0.5B"),
+    RegisteredModel(
+        "qwen2.5-coder-0.5b",
+        "small, trained on code",
+        494_032_768,
+        "Apache-2.0",
+        hub_id="Qwen/Qwen2.5-Coder-0.5B",
+    ),
+    RegisteredModel(
+        "qwen2.5-1.5b", "small", 1_543_714_304, "Apache-2.0", hub_id="Qwen/Qwen2.5-1.5B"
+    ),
+    RegisteredModel(
+        "qwen3-0.6b", "small", 596_049_920, "Apache-2.0", hub_id="Qwen/Qwen3-0.6B-Base"
+    ),
+    RegisteredModel(
+        "tinyllama-1.1b",
+        "small, tuned for conversation",
+        1_100_048_384,
+        "Apache-2.0",
+        hub_id="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    ),
+    RegisteredModel(
+        "llama-3.2-1b", "small, gated", 1_235_814_400, _LLAMA_3, hub_id="meta-llama/Llama-3.2-1B"
+    ),
+    RegisteredModel(
+        "llama-3.2-3b", "gated", 3_212_749_824, _LLAMA_3, hub_id="meta-llama/Llama-3.2-3B"
+    ),
+    RegisteredModel(
+        "llama-3.1-8b", "gated", 8_030_261_248, _LLAMA_3, hub_id="meta-llama/Llama-3.1-8B"
+    ),
+    RegisteredModel(
+        "mistral-7b-v0.3",
+        "gated",
+        7_248_023_552,
+        "Apache-2.0",
+        hub_id="mistralai/Mistral-7B-v0.3",
     ),
 )
+
+
+def registered(name: str | Path) -> RegisteredModel | None:
+    """The model of this name; None if there is none, or if a folder goes by the same name."""
+    for model in REGISTRY:
+        if model.name == str(name) and (model.folder is not None or not Path(name).exists()):
+            return model
+    return None
+
+
+def listing() -> list[str]:
+    """The registry as the lines of a table, memory in GB (10^9 bytes)."""
+    rows = [("name", "parameters", "float32", "bfloat16", "licence", "source")]
+    for model in REGISTRY:
+        rows.append(
+            (
+                model.name,
+                _millions(model.parameters),
+                f"{model.bytes(4) / 1e9:.3g} GB",
+                f"{model.bytes(2) / 1e9:.3g} GB",
+                model.licence,
+                model.source,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if 1 <= column <= 3 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
 def data_folder() -> Path:
@@ -52,17 +186,17 @@ def data_folder() -> Path:
 
 
 def locate(name_or_path: str | Path) -> Path | None:
-    """The local folder of a registered name, or a path that exists; None for anything else.
+    """The local folder of a model that ships, or a path that exists; None for anything else.
 
     Raises:
-        InputError: if a registered model that ships is missing.
+        InputError: if a model that ships is missing.
     """
-    for model in REGISTRY:
-        if model.name == str(name_or_path):
-            folder = data_folder() / model.folder
-            if not folder.is_dir():
-                raise InputError(f"The model {model.name} is not there: {folder} is missing.")
-            return folder
+    model = registered(name_or_path)
+    if model is not None and model.folder is not None:
+        folder = data_folder() / model.folder
+        if not folder.is_dir():
+            raise InputError(f"The model {model.name} is not there: {folder} is missing.")
+        return folder
     path = Path(name_or_path).expanduser()
     return path if path.exists() else None
 

@@ -1,76 +1,68 @@
 """Checkpoint tensors as TransformerLens parameters: views of the file, never copies."""
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import PretrainedConfig
+from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from tl_entity.errors import InputError
+from tl_entity.models.adapter import Adapter
+from tl_entity.models.checkpoint import Checkpoint
 from tl_entity.models.config import biased_projections
 
-View = Callable[[Tensor, HookedTransformerConfig], Tensor]
-"""Shows a tensor of the checkpoint in TransformerLens's layout without moving a number."""
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _as_is(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    return tensor
+class Layout(NamedTuple):
+    """How a tensor of the checkpoint is shown in TransformerLens's layout, and the way back.
+
+    Neither moves a number: both give views.
+    """
+
+    to_hooked: Callable[[Tensor, HookedTransformerConfig], Tensor]
+    to_checkpoint: Callable[[Tensor], Tensor]
 
 
-def _transposed(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    return tensor.transpose(0, 1)
+AS_IS = Layout(lambda tensor, cfg: tensor, lambda parameter: parameter)
+TRANSPOSED = Layout(lambda tensor, cfg: tensor.transpose(0, 1), lambda w: w.transpose(0, 1))
+HEADS_FROM_ROWS = Layout(  # [head * d_head, d_model] as [head, d_model, d_head]
+    lambda tensor, cfg: tensor.unflatten(0, (-1, cfg.d_head)).transpose(1, 2),
+    lambda w: w.transpose(1, 2).flatten(0, 1),
+)
+HEADS_FROM_COLUMNS = Layout(  # [d_model, head * d_head] as [head, d_head, d_model]
+    lambda tensor, cfg: tensor.unflatten(1, (-1, cfg.d_head)).permute(1, 2, 0),
+    lambda w: w.permute(2, 0, 1).flatten(1, 2),
+)
+HEADS_OF_BIAS = Layout(  # [head * d_head] as [head, d_head]
+    lambda tensor, cfg: tensor.unflatten(0, (-1, cfg.d_head)),
+    lambda b: b.flatten(),
+)
 
-
-# The head axis is split with `unflatten`, not `view`: a tensor with its axes exchanged has the
-# right number of elements and would be taken for another one.
-def _heads_from_rows(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    # [head * d_head, d_model] as [head, d_model, d_head]
-    return tensor.unflatten(0, (-1, cfg.d_head)).transpose(1, 2)
-
-
-def _heads_from_columns(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    # [d_model, head * d_head] as [head, d_head, d_model]
-    return tensor.unflatten(1, (-1, cfg.d_head)).permute(1, 2, 0)
-
-
-def _heads_of_bias(tensor: Tensor, cfg: HookedTransformerConfig) -> Tensor:
-    # [head * d_head] as [head, d_head]
-    return tensor.unflatten(0, (-1, cfg.d_head))
-
-
-TABLE: dict[str, tuple[str, View]] = {
-    "model.embed_tokens.weight": ("embed.W_E", _as_is),
-    "model.layers.{layer}.input_layernorm.weight": ("blocks.{layer}.ln1.w", _as_is),
-    "model.layers.{layer}.self_attn.q_proj.weight": ("blocks.{layer}.attn.W_Q", _heads_from_rows),
-    "model.layers.{layer}.self_attn.q_proj.bias": ("blocks.{layer}.attn.b_Q", _heads_of_bias),
-    "model.layers.{layer}.self_attn.k_proj.weight": (
-        "blocks.{layer}.attn.{kv}W_K",
-        _heads_from_rows,
-    ),
-    "model.layers.{layer}.self_attn.k_proj.bias": ("blocks.{layer}.attn.{kv}b_K", _heads_of_bias),
-    "model.layers.{layer}.self_attn.v_proj.weight": (
-        "blocks.{layer}.attn.{kv}W_V",
-        _heads_from_rows,
-    ),
-    "model.layers.{layer}.self_attn.v_proj.bias": ("blocks.{layer}.attn.{kv}b_V", _heads_of_bias),
-    "model.layers.{layer}.self_attn.o_proj.weight": (
-        "blocks.{layer}.attn.W_O",
-        _heads_from_columns,
-    ),
-    "model.layers.{layer}.self_attn.o_proj.bias": ("blocks.{layer}.attn.b_O", _as_is),
-    "model.layers.{layer}.post_attention_layernorm.weight": ("blocks.{layer}.ln2.w", _as_is),
-    "model.layers.{layer}.mlp.gate_proj.weight": ("blocks.{layer}.mlp.W_gate", _transposed),
-    "model.layers.{layer}.mlp.up_proj.weight": ("blocks.{layer}.mlp.W_in", _transposed),
-    "model.layers.{layer}.mlp.down_proj.weight": ("blocks.{layer}.mlp.W_out", _transposed),
-    "model.norm.weight": ("ln_final.w", _as_is),
-    "lm_head.weight": ("unembed.W_U", _transposed),
+_ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+TABLE: dict[str, tuple[str, Layout]] = {
+    EMBEDDING: ("embed.W_E", AS_IS),
+    "model.layers.{layer}.input_layernorm.weight": ("blocks.{layer}.ln1.w", AS_IS),
+    f"{_ATTENTION}q_proj.weight": ("blocks.{layer}.attn.W_Q", HEADS_FROM_ROWS),
+    f"{_ATTENTION}q_proj.bias": ("blocks.{layer}.attn.b_Q", HEADS_OF_BIAS),
+    f"{_ATTENTION}k_proj.weight": ("blocks.{layer}.attn.{kv}W_K", HEADS_FROM_ROWS),
+    f"{_ATTENTION}k_proj.bias": ("blocks.{layer}.attn.{kv}b_K", HEADS_OF_BIAS),
+    f"{_ATTENTION}v_proj.weight": ("blocks.{layer}.attn.{kv}W_V", HEADS_FROM_ROWS),
+    f"{_ATTENTION}v_proj.bias": ("blocks.{layer}.attn.{kv}b_V", HEADS_OF_BIAS),
+    f"{_ATTENTION}o_proj.weight": ("blocks.{layer}.attn.W_O", HEADS_FROM_COLUMNS),
+    f"{_ATTENTION}o_proj.bias": ("blocks.{layer}.attn.b_O", AS_IS),
+    f"{_ATTENTION}q_norm.weight": ("blocks.{layer}.attn.q_norm.w", AS_IS),
+    f"{_ATTENTION}k_norm.weight": ("blocks.{layer}.attn.k_norm.w", AS_IS),
+    "model.layers.{layer}.post_attention_layernorm.weight": ("blocks.{layer}.ln2.w", AS_IS),
+    f"{_MLP}gate_proj.weight": ("blocks.{layer}.mlp.W_gate", TRANSPOSED),
+    f"{_MLP}up_proj.weight": ("blocks.{layer}.mlp.W_in", TRANSPOSED),
+    f"{_MLP}down_proj.weight": ("blocks.{layer}.mlp.W_out", TRANSPOSED),
+    "model.norm.weight": ("ln_final.w", AS_IS),
+    UNEMBEDDING: ("unembed.W_U", TRANSPOSED),
 }
-"""Hugging Face's name, TransformerLens's, and the view that makes one the other.
+"""Hugging Face's name, TransformerLens's, and the layout that makes one the other.
 
 `{kv}` is `_` under grouped-query attention, where TransformerLens keeps one key and one value
 matrix a key-value head under that name.
@@ -80,98 +72,130 @@ COMPUTED = "rotary_emb.inv_freq"
 """Ending of tensors in old checkpoints that follow from the configuration."""
 
 
-def install_weights(model: HookedTransformer, folder: Path, config: PretrainedConfig) -> None:
-    """Give a model whose parameters are on the meta device those of a folder of safetensors.
+def checked_tensors(
+    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], adapter: Adapter | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a checkpoint, one by one, the adapter's changes merged.
 
-    Each parameter becomes a view of the tensor in the memory-mapped file, in the checkpoint's own
-    layout and without gradient; only another dtype or device makes a copy. The checkpoint must
-    hold exactly the tensors that its configuration calls for.
+    Of a model with tied embeddings that has no tensor for the unembedding, none is given, unless
+    the adapter makes the two differ.
+
+    Args:
+        checkpoint: where they come from.
+        shapes: of every tensor that there must be, by Hugging Face's name.
+        adapter: merged where it has something for a tensor.
 
     Raises:
         InputError: naming the file and the tensor, if a file is damaged or a tensor is unknown, of
             another shape than the configuration says, no floating-point numbers, there twice, or
-            missing.
+            missing, or if the adapter belongs to another base.
     """
-    cfg = model.cfg
-    places = _places(cfg, biased_projections(config))
-    seen: dict[str, Path] = {}
-    for file, key, tensor in _tensors(folder, str(cfg.device)):
+    seen: dict[str, str] = {}
+    tied = checkpoint.config.tie_word_embeddings
+    parted = adapter is not None and bool(adapter.changes & {EMBEDDING, UNEMBEDDING})
+    embedding: Tensor | None = None
+    for file, key, tensor in checkpoint.tensors():
         if key.endswith(COMPUTED):
             continue
-        if key not in places:
+        if key not in shapes:
             raise InputError(f"{file}: the tensor {key} {_why_unknown(key)}.")
         if key in seen:
             raise InputError(f"The tensor {key} is both in {seen[key]} and in {file}.")
         seen[key] = file
-        name, view = places[key]
-        _install(model, name, _viewed(file, key, tensor, view, cfg, model.get_parameter(name)))
-    if config.tie_word_embeddings and "lm_head.weight" not in seen:
-        places.pop("lm_head.weight")
-        if "model.embed_tokens.weight" in seen:
-            _install(model, "unembed.W_U", model.embed.W_E.transpose(0, 1))
-    missing = [key for key in places if key not in seen]
+        _check(file, key, tensor, shapes[key])
+        if key == EMBEDDING and tied and parted:
+            embedding = tensor
+        yield key, tensor if adapter is None else adapter.applied(key, tensor)
+        del tensor  # what is decoded or merged is let go before the next is read
+    if tied and UNEMBEDDING not in seen and EMBEDDING in seen:
+        seen[UNEMBEDDING] = seen[EMBEDDING]
+        if adapter is not None and embedding is not None:
+            # What an adapter does to one of the two it does not do to the other.
+            yield UNEMBEDDING, adapter.applied(UNEMBEDDING, embedding)
+    # Of two tied ones it is the embedding that would be missed.
+    missing = [key for key in shapes if key not in seen and not (tied and key == UNEMBEDDING)]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"{folder} lacks the weights {', '.join(missing[:3])}{more}.")
+        raise InputError(f"{checkpoint.place} lacks the weights {', '.join(missing[:3])}{more}.")
+    if adapter is not None:
+        adapter.check_used(set(seen), checkpoint.place)
+
+
+def install_weights(
+    model: HookedTransformer, checkpoint: Checkpoint, adapter: Adapter | None = None
+) -> None:
+    """Give a model whose parameters are on the meta device those of a checkpoint.
+
+    Each parameter becomes a view of the checkpoint's tensor, in its own layout and without
+    gradient; only another dtype or device, or an adapter that changes it, makes a copy. The
+    checkpoint must hold exactly the tensors that its configuration calls for.
+
+    Raises:
+        InputError: as `checked_tensors`.
+    """
+    cfg = model.cfg
+    places = _places(cfg, biased_projections(checkpoint.config))
+    shapes = {
+        key: layout.to_checkpoint(model.get_parameter(name)).shape
+        for key, (name, layout) in places.items()
+    }
+    for key, tensor in checked_tensors(checkpoint, shapes, adapter):
+        name, layout = places[key]
+        _install(model, name, layout.to_hooked(tensor, cfg))
+    if model.get_parameter("unembed.W_U").is_meta:
+        _install(model, "unembed.W_U", model.embed.W_E.transpose(0, 1))
     _install_zero_biases(model)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the single one, or those that its index names.
-
-    Raises:
-        InputError: if there are none, or the index is damaged or names one that is missing.
-    """
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(_read_index(index).values()))]
-        for file in files:
-            # An index from elsewhere must not reach outside its folder.
-            if file.parent != folder or not file.is_file():
-                raise InputError(f"{index} names {file.name}, which is not in {folder}.")
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no *.safetensors weights, the only kind that is read.")
-    return files
+def share_weights(model: HookedTransformer, source: HookedTransformer, adapter: Adapter) -> None:
+    """Give a model on the meta device the parameters of another, those that an adapter changes
+    merged with it and all others shared."""
+    cfg = source.cfg
+    # Any bias may be an adapter's target; those that the checkpoint has not are zeros.
+    places = {name: (key, layout) for key, (name, layout) in _places(cfg, None).items()}
+    for name, parameter in source.named_parameters():
+        key, layout = places.get(name, ("", AS_IS))
+        if key not in adapter.changes:
+            _install(model, name, parameter.detach())
+            continue
+        tensor = layout.to_checkpoint(parameter.detach())
+        _install(model, name, layout.to_hooked(adapter.applied(key, tensor), cfg))
+    adapter.check_used({key for key, _ in places.values()}, "the model")
 
 
-def _places(cfg: HookedTransformerConfig, biased: frozenset[str]) -> dict[str, tuple[str, View]]:
+def _places(
+    cfg: HookedTransformerConfig, biased: frozenset[str] | None
+) -> dict[str, tuple[str, Layout]]:
     """The table for this model: every tensor that its checkpoint must hold, layer by layer."""
     kv = "" if cfg.n_key_value_heads is None else "_"
     places = {}
-    for key, (name, view) in TABLE.items():
-        if key.endswith(".bias") and key.split(".")[-2] not in biased:
+    for key, (name, layout) in TABLE.items():
+        if biased is not None and key.endswith(".bias") and key.split(".")[-2] not in biased:
+            continue
+        if key.endswith("_norm.weight") and "self_attn" in key and not cfg.use_qk_norm:
             continue
         for layer in range(cfg.n_layers) if "{layer}" in key else (0,):
-            places[key.format(layer=layer)] = name.format(layer=layer, kv=kv), view
+            places[key.format(layer=layer)] = name.format(layer=layer, kv=kv), layout
     return places
 
 
 def _why_unknown(key: str) -> str:
     if key.endswith(("gate_proj.bias", "up_proj.bias")):
         return "is a bias inside a gated MLP, which HookedTransformer can't represent"
+    if ".lora_" in key or ".base_layer." in key:
+        return "belongs to an adapter that was not merged"
     return "has no place in the model that config.json describes"
 
 
-def _viewed(
-    file: Path, key: str, tensor: Tensor, view: View, cfg: HookedTransformerConfig, empty: Tensor
-) -> Tensor:
+def _check(file: str, key: str, tensor: Tensor, shape: torch.Size) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InputError(f"{file}: {key} holds {kind}; quantised weights are not supported.")
-    try:
-        value = view(tensor, cfg)
-    except (RuntimeError, IndexError):  # it has not the axes or the size to be split
-        value = None
-    if value is None or value.shape != empty.shape:
+    if tensor.shape != shape:
         raise InputError(
-            f"{file}: {key} has shape {tuple(tensor.shape)}, which does not fit config.json."
+            f"{file}: {key} has shape {tuple(tensor.shape)}, which does not fit config.json: "
+            f"it calls for {tuple(shape)}."
         )
-    return value.to(cfg.dtype)
 
 
 def _install_zero_biases(model: HookedTransformer) -> None:
@@ -181,33 +205,21 @@ def _install_zero_biases(model: HookedTransformer) -> None:
             continue
         if not name.rpartition(".")[2].lstrip("_").startswith("b_"):
             raise AssertionError(f"The table of weights has no entry for {name}.")
-        zeros = torch.zeros(parameter.shape, dtype=model.cfg.dtype, device=model.cfg.device)
-        _install(model, name, zeros)
+        _install(model, name, torch.zeros(parameter.shape, dtype=model.cfg.dtype))
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise InputError(f"{index} is no index of safetensors shards.")
-
-
-def _tensors(folder: Path, device: str) -> Iterator[tuple[Path, str, Tensor]]:
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=device) as opened:
-                for key in opened.keys():  # noqa: SIM118  (no mapping)
-                    yield file, key, opened.get_tensor(key)
-        except SafetensorError as error:
-            raise InputError(f"{file} is damaged or no safetensors file: {error}.") from None
-        except OSError as error:
-            raise InputError(f"{file} can't be read: {error.strerror or error}.") from None
-
-
-def _install(model: nn.Module, name: str, value: Tensor) -> None:
+def _install(model: HookedTransformer, name: str, value: Tensor) -> None:
     module_name, _, parameter_name = name.rpartition(".")
     module: Any = model.get_submodule(module_name)
+    # To the device first: the narrower of two dtypes is what travels, and the wider is made there.
+    value = value.to(_device_of(model, name)).to(model.cfg.dtype)
     module._parameters[parameter_name] = nn.Parameter(value, requires_grad=False)
+
+
+def _device_of(model: HookedTransformer, name: str) -> torch.device:
+    """Where TransformerLens expects a parameter when blocks are spread over devices."""
+    if name.startswith("blocks."):
+        layer = int(name.split(".")[1])
+    else:
+        layer = 0 if name.startswith("embed.") else model.cfg.n_layers - 1
+    return torch.device(get_device_for_block_index(layer, model.cfg))

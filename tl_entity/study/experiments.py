@@ -34,6 +34,10 @@ PAIRS_KEPT, HEAD_PAIRS_KEPT = 8, 10_000
 """A stage of path patching is kept in parts of so many pairs at least, or so many heads times
 pairs: minutes of work at most, which is what an interruption can cost."""
 
+SMALL_MODEL, SMALL_MODEL_BATCH = 10_000_000, 128
+"""Models with fewer parameters are run on more prompts at a time: there, the time goes into calls,
+not into arithmetic."""
+
 TRIES = 4
 """At most so many times the wanted prompts are tried for ones that are answered right."""
 
@@ -119,7 +123,8 @@ class Bench:
     @property
     def batch_size(self) -> int:
         """Prompts run together outside path patching."""
-        return self.settings.batch_size or BATCH_SIZE
+        few = (self.model.cfg.n_params or SMALL_MODEL) < SMALL_MODEL
+        return self.settings.batch_size or (SMALL_MODEL_BATCH if few else BATCH_SIZE)
 
     def evaluate(self, prompts: PromptBatch, keep: Circuit | HeadsAt | None = None) -> Evaluation:
         """The model's answers, or those of a circuit of it."""

@@ -1,0 +1,725 @@
+"""What the exact engine computes for a job, counted from shapes: operations, bytes, calls.
+
+Counted as it is computed, piece by piece, so that no weights are needed; a test holds every count
+against the operations that torch sees.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformer_lens import HookedTransformerConfig
+
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.exact.blocks import MLP_CHUNK_BYTES, row_slices
+from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, _pairs_within
+from tl_entity.exact.window import Window
+from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.path_patching import Senders
+from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
+from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
+
+BATCH_SIZE = 32
+"""Prompts run together where nothing else is said, as in the methods."""
+
+RECORDED, CHAIN, SUFFIX, ATTENTION, LOGITS = (
+    "recorded runs",
+    "MLP chain",
+    "recomputed layers",
+    "recomputed attention",
+    "logits",
+)
+"""The parts that operations are counted by: runs of whole prompts; the MLPs that held senders pass;
+projections and MLPs of recomputed tokens; their attention; the unembedding."""
+
+Piece = Literal["block", "mlp", "attention", "edit", "run"]
+"""What has a cost for each call, however small: a layer of a recorded run, an MLP, an attention
+over a window, an edit at a hook point, a whole recorded run."""
+
+
+class Product(NamedTuple):
+    """A matrix product, or `batch` of them: [rows inner] times [inner columns]."""
+
+    part: str
+    batch: int
+    rows: int
+    inner: int
+    columns: int
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations: two for each multiply-add."""
+        return 2 * self.batch * self.rows * self.inner * self.columns
+
+
+@dataclass
+class Tally:
+    """What a job computes, in all.
+
+    Attributes:
+        products: how often each matrix product is made.
+        moved: numbers read and written by everything that is no matrix product.
+        calls: how often each piece of the engine is called.
+    """
+
+    products: Counter[Product] = field(default_factory=Counter)
+    moved: int = 0
+    calls: Counter[Piece] = field(default_factory=Counter)
+
+    def add(self, other: "Tally", times: int = 1) -> None:
+        """Count all of another tally so many times."""
+        for product, count in other.products.items():
+            self.products[product] += count * times
+        for piece, count in other.calls.items():
+            self.calls[piece] += count * times
+        self.moved += other.moved * times
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """Floating-point operations of matrix products, by part."""
+        by_part: Counter[str] = Counter()
+        for product, count in self.products.items():
+            by_part[product.part] += product.operations * count
+        return dict(by_part)
+
+
+class _Shapes:
+    """Counts the engine's pieces for a model of some sizes; `tally` holds the sum."""
+
+    def __init__(self, cfg: HookedTransformerConfig, *, trained: bool = False) -> None:
+        self.cfg = cfg
+        self.tally = Tally()
+        self.part = RECORDED
+        # Backward, weights are frozen: a projection's gradient costs one more product like it.
+        self.passes = 2 if trained else 1
+        self.d_mlp = cfg.d_mlp or 4 * cfg.d_model
+        self.width = cfg.n_heads * cfg.d_head
+        self.kv_width = n_kv_heads(cfg) * cfg.d_head
+        self.itemsize = torch.finfo(cfg.dtype).bits // 8
+
+    @property
+    def model(self) -> Any:
+        """Stands in where an engine function reads nothing of a model but its configuration."""
+        return SimpleNamespace(cfg=self.cfg)
+
+    def product(
+        self,
+        rows: int,
+        inner: int,
+        columns: int,
+        *,
+        batch: int = 1,
+        part: str | None = None,
+        times: int | None = None,
+    ) -> None:
+        if batch * rows * inner * columns:
+            product = Product(part or self.part, batch, rows, inner, columns)
+            self.tally.products[product] += self.passes if times is None else times
+
+    def move(self, numbers: int) -> None:
+        self.tally.moved += numbers * self.passes
+
+    def call(self, piece: Piece, times: int = 1) -> None:
+        # A backward pass has about twice the calls of its forward pass.
+        self.tally.calls[piece] += times * (3 if self.passes == 2 else 1)
+
+    def whole_run(self, prompts: PromptBatch, layers: int | None = None) -> None:
+        """A plain run of whole prompts up to a layer, without logits."""
+        cfg = self.cfg
+        batch, pos = prompts.tokens.shape
+        layers = cfg.n_layers if layers is None else layers
+        rows = batch * pos * layers
+        for inner, columns, times in (
+            (cfg.d_model, self.width, 1),
+            (cfg.d_model, self.kv_width, 2),
+            (self.width, cfg.d_model, 1),
+            (cfg.d_model, self.d_mlp, 2),
+            (self.d_mlp, cfg.d_model, 1),
+        ):
+            self.product(batch * pos, inner, columns, times=times * layers * self.passes)
+        each = 2 * layers * (3 if self.passes == 2 else 1) // 2
+        self.product(pos, cfg.d_head, pos, batch=batch * cfg.n_heads, times=each)
+        self.product(pos, pos, cfg.d_head, batch=batch * cfg.n_heads, times=each)
+        self.move(rows * (24 * cfg.d_model + 16 * self.width + 7 * self.d_mlp))
+        self.move(layers * batch * cfg.n_heads * pos * pos * 14)
+        self.call("block", layers)
+        self.call("run")
+
+    def mlp(self, rows: int) -> None:
+        cfg = self.cfg
+        if not rows:
+            return
+        self.product(rows, cfg.d_model, self.d_mlp)
+        self.product(rows, cfg.d_model, self.d_mlp)
+        self.product(rows, self.d_mlp, cfg.d_model)
+        self.move(rows * (11 * cfg.d_model + 9 * self.d_mlp))
+        slices = math.ceil(rows / max(1, MLP_CHUNK_BYTES // (4 * self.d_mlp * self.itemsize)))
+        self.call("mlp", 1 if self.passes == 2 else slices)
+
+    def project(self, which: HeadInput, rows: int, heads: int) -> None:
+        self.product(rows, self.cfg.d_model, heads * self.cfg.d_head)
+        if which != "v":
+            self.move(10 * rows * heads * self.cfg.d_head)
+
+    def head_outputs(self, rows: int, heads: int) -> None:
+        self.product(rows, heads * self.cfg.d_head, self.cfg.d_model)
+        self.move(rows * (2 * heads * self.cfg.d_head + 3 * self.cfg.d_model))
+
+    def attend(
+        self, variants: int, batch: int, queries: int, heads: int, shared: int, own: int
+    ) -> None:
+        """Attention of each variant's queries over the shared keys and its own."""
+        size, kv = self.cfg.d_head, max(1, heads * n_kv_heads(self.cfg) // self.cfg.n_heads)
+        rows = variants * queries * (heads // kv)
+        # The own keys and values have gradients too, those that are shared have none.
+        backward = 3 if self.passes == 2 else 1
+        self.product(rows, size, shared, batch=batch * kv, part=ATTENTION)
+        self.product(rows, shared, size, batch=batch * kv, part=ATTENTION)
+        each = (heads // kv) * queries
+        some = batch * kv * variants
+        self.product(each, size, own, batch=some, part=ATTENTION, times=backward)
+        self.product(each, own, size, batch=some, part=ATTENTION, times=backward)
+        vectors = variants * batch * queries * heads
+        self.move(vectors * (14 * (shared + own) + 16 * size))
+
+    def window_attention(self, window: Window, variants: int, queries: int) -> None:
+        """All heads over a window that has changed as a whole."""
+        cfg, (members, length) = self.cfg, window.tokens.shape
+        kv = n_kv_heads(cfg)
+        rows = variants * members
+        self.project("q", rows * queries, cfg.n_heads)
+        self.project("k", rows * length, kv)
+        self.project("v", rows * length, kv)
+        self.attend(variants, members, queries, cfg.n_heads, window.before.shape[1], length)
+        self.head_outputs(rows * queries, cfg.n_heads)
+        self.move(rows * (7 * length + 3 * queries) * cfg.d_model)
+        self.call("attention")
+
+    def unembed(self, rows: int, wanted: int | None = None) -> None:
+        cfg = self.cfg
+        if wanted is None:
+            self.product(rows, cfg.d_model, cfg.d_vocab_out, part=LOGITS)
+            self.move(rows * 6 * cfg.d_vocab_out)
+        else:
+            self.product(wanted, cfg.d_model, 1, batch=rows, part=LOGITS)
+            self.move(rows * wanted * 2 * cfg.d_model)
+
+    def run_bytes(self, prompts: PromptBatch) -> int:
+        """What a plain run takes at its largest, in a layer."""
+        cfg = self.cfg
+        batch, pos = prompts.tokens.shape
+        mlp = 4 * cfg.d_model + 4 * self.d_mlp
+        attention = 3 * cfg.d_model + 4 * self.width + 4 * cfg.n_heads * pos
+        return batch * pos * max(mlp, attention) * self.itemsize
+
+    def mlp_bytes(self, rows: int) -> int:
+        """What the hidden activations of a slice of rows take."""
+        each = (4 * self.d_mlp + 3 * self.cfg.d_model) * self.itemsize
+        return min(rows * each, MLP_CHUNK_BYTES * each // (4 * self.d_mlp * self.itemsize))
+
+    def logits_bytes(self, rows: int) -> int:
+        """What the logits of a slice of rows take."""
+        return min(rows * 3 * self.cfg.d_vocab_out * self.itemsize, LOGITS_CHUNK_BYTES)
+
+
+class Count(NamedTuple):
+    """What a job takes on the exact engine, and how much plain hooks would run.
+
+    Attributes:
+        tally: what is computed.
+        cache_bytes: recorded activations, at most at a time.
+        chunk_bytes: intermediate results, at most at a time.
+        hooks_passes: runs of all prompts that plain hooks need for the same numbers; a backward
+            pass counts as one more.
+        hooks_operations: what these compute.
+    """
+
+    tally: Tally
+    cache_bytes: int
+    chunk_bytes: int
+    hooks_passes: int
+    hooks_operations: int
+
+
+class Job(ABC):
+    """Something that the exact engine is asked for."""
+
+    @abstractmethod
+    def count(self, cfg: HookedTransformerConfig, pairs: PairBatch, memory: int) -> Count:
+        """What it takes for these prompts, within this much memory for intermediate results."""
+
+
+@dataclass(frozen=True)
+class PathPatching(Job):
+    """Path patching of every sender, as `tl_entity.exact.path_patching.patched_values` does it.
+
+    Attributes:
+        position: where senders and receivers are.
+        receivers: heads whose input is patched; None for the logits.
+        receiver_input: q, k or v of these; None for the logits.
+        senders: every head, or every layer's MLP.
+        wanted: logits that the metric needs for each pair; None for the whole vocabulary.
+        batch_size: pairs run together; what the engine would choose if left out.
+    """
+
+    position: str
+    receivers: tuple[Head, ...] | None = None
+    receiver_input: HeadInput | None = None
+    senders: Senders = "heads"
+    wanted: int | None = None
+    batch_size: int | None = None
+
+    def count(self, cfg: HookedTransformerConfig, pairs: PairBatch, memory: int) -> Count:
+        if (self.receivers is None) != (self.receiver_input is None):
+            raise InputError("Receivers and receiver_input go together: give both or neither.")
+        _check_heads(cfg, self.receivers or ())
+        by_layer = _by_layer(self.receivers or ())
+        top = cfg.n_layers if self.receivers is None else max(by_layer, default=0)
+        shapes = _Shapes(cfg)
+        size = self.batch_size or _pairs_within(shapes.model, pairs, memory)
+        cache = chunk = 0
+        counted: dict[tuple[int, ...], tuple[Tally, int]] = {}
+        for some in pairs.chunks(size):
+            cache = max(cache, self._cache_bytes(shapes, some, by_layer, top))
+            chunk = max(chunk, self._recorded_and_held(shapes, some, by_layer, top))
+            if self.receivers is None or not top:
+                continue
+            for window in Window.each_length(some.clean, some.clean.position(self.position)):
+                key = (*window.tokens.shape, window.before.shape[1])
+                if key not in counted:
+                    counted[key] = self._suffix(cfg, window, by_layer, top, memory)
+                tally, needed = counted[key]
+                shapes.tally.add(tally)
+                chunk = max(chunk, needed)
+        return Count(shapes.tally, cache, chunk, *self._hooks(cfg, pairs, top))
+
+    def _per_layer(self, cfg: HookedTransformerConfig) -> int:
+        return cfg.n_heads if self.senders == "heads" else 1
+
+    def _recorded_and_held(
+        self, shapes: _Shapes, pairs: PairBatch, by_layer: Mapping[int, list[int]], top: int
+    ) -> int:
+        """Counts both recorded runs and the held pass; returns the most bytes these take."""
+        cfg, n, batch = shapes.cfg, self._per_layer(shapes.cfg), len(pairs)
+        shapes.part = RECORDED
+        shapes.whole_run(pairs.clean)
+        if top:
+            shapes.whole_run(pairs.corrupt, top)
+        shapes.unembed(batch, self.wanted)
+        needed = max(shapes.run_bytes(pairs.clean), shapes.run_bytes(pairs.corrupt))
+        shapes.part = CHAIN
+        for layer, heads in by_layer.items():
+            shapes.project("v", layer * n * batch, len(heads))
+            shapes.move(7 * layer * n * batch * cfg.d_model)
+        for layer in range(top):
+            if self.senders == "heads":
+                shapes.product(batch, cfg.d_head, cfg.d_model, batch=cfg.n_heads)
+                shapes.move(4 * cfg.n_heads * batch * cfg.d_model)
+                shapes.mlp((layer + 1) * n * batch)
+            else:
+                shapes.mlp(layer * n * batch)
+            shapes.move(3 * layer * n * batch * cfg.d_model)
+        held = top * n * batch
+        rows_bytes = held * cfg.d_model * shapes.itemsize
+        inputs = sum(layer * n * batch * len(heads) for layer, heads in by_layer.items())
+        rows_bytes += inputs * cfg.d_head * shapes.itemsize
+        needed = max(needed, rows_bytes + shapes.mlp_bytes(held))
+        if self.receivers is None and top:
+            shapes.unembed(held, self.wanted)
+            needed = max(needed, rows_bytes + shapes.logits_bytes(held))
+        return needed
+
+    def _suffix(
+        self,
+        cfg: HookedTransformerConfig,
+        window: Window,
+        by_layer: Mapping[int, list[int]],
+        top: int,
+        memory: int,
+    ) -> tuple[Tally, int]:
+        """The recomputation of a window for all senders, and the most bytes it takes."""
+        shapes = _Shapes(cfg)
+        shapes.part = SUFFIX
+        n = self._per_layer(cfg)
+        members, length = window.tokens.shape
+        starts = [min(r for r in by_layer if r > sender // n) for sender in range(top * n)]
+        each = window.bytes_per_variant(shapes.model)
+        needed = 0
+        for some in row_slices(len(starts), each, memory // 2):
+            chosen = starts[some]
+            for layer in range(chosen[0], cfg.n_layers):
+                begun = sum(start < layer for start in chosen)
+                now = sum(start <= layer for start in chosen)
+                queries = 1 if layer == cfg.n_layers - 1 else length
+                if begun:
+                    shapes.window_attention(window, begun, queries)
+                if now > begun:
+                    self._first_changed(shapes, window, layer, now - begun, len(by_layer[layer]))
+                shapes.mlp(now * members * queries)
+            shapes.unembed(len(chosen) * members, self.wanted)
+            inputs = sum(map(len, by_layer.values())) * len(starts) * members * cfg.d_head
+            needed = max(needed, each * len(chosen) + inputs * shapes.itemsize)
+        return shapes.tally, needed
+
+    def _first_changed(
+        self, shapes: _Shapes, window: Window, layer: int, senders: int, heads: int
+    ) -> None:
+        members, length = window.tokens.shape
+        last = layer == shapes.cfg.n_layers - 1
+        touched = 1 if last else length
+        shapes.move(2 * senders * members * touched * shapes.cfg.d_model)
+        if self.receiver_input == "q" and length > 1:
+            if last:
+                return
+            touched = 1
+        shapes.project("q", members * touched, heads)
+        shapes.project("k", members * length, heads)
+        shapes.project("v", members * length, heads)
+        before = window.before.shape[1]
+        for variants in (1, senders):
+            shapes.attend(variants, members, touched, heads, before, length)
+        shapes.head_outputs(senders * members * touched, heads)
+        shapes.call("attention", 2)
+
+    def _cache_bytes(
+        self, shapes: _Shapes, pairs: PairBatch, by_layer: Mapping[int, list[int]], top: int
+    ) -> int:
+        cfg = shapes.cfg
+        batch, pos = pairs.clean.tokens.shape
+        sent = shapes.width if self.senders == "heads" else cfg.d_model
+        # Of each sender the clean output and the difference, and for a moment the corrupt one.
+        at_senders = top * batch * (3 * sent + 2 * cfg.d_model)
+        lowest = min(by_layer, default=cfg.n_layers)
+        whole = (cfg.n_layers - lowest) * 2 * shapes.kv_width + len(by_layer) * 2 * cfg.d_model
+        return (at_senders + batch * pos * whole) * shapes.itemsize
+
+    def _hooks(self, cfg: HookedTransformerConfig, pairs: PairBatch, top: int) -> tuple[int, int]:
+        if self.receivers is None and not bool(
+            (pairs.clean.position(self.position) == pairs.clean.position(ANSWER_POSITION)).any()
+        ):
+            top = 0
+        shapes = _Shapes(cfg)
+        senders = top * self._per_layer(cfg)
+        shapes.whole_run(pairs.clean)  # the run that outputs are held at
+        shapes.whole_run(pairs.corrupt)
+        runs = _Shapes(cfg)
+        runs.whole_run(pairs.clean)
+        runs.unembed(len(pairs))
+        shapes.tally.add(runs.tally, 1 + senders)
+        passes = 3 + senders
+        if self.receivers is not None and top:
+            # To read the receivers' input; with every layer's heads held, all layers are run.
+            reading = _Shapes(cfg)
+            reading.whole_run(pairs.clean)
+            shapes.tally.add(reading.tally, senders)
+            passes += senders
+        return passes, _total(shapes.tally)
+
+
+@dataclass(frozen=True)
+class CircuitEvaluation(Job):
+    """F(C) of many circuits, as `tl_entity.exact.ablation.AblatedRun` does it.
+
+    Attributes:
+        circuits: heads kept, by named position.
+        batch_size: prompts run together.
+    """
+
+    circuits: tuple[Circuit | HeadsAt, ...]
+    batch_size: int = BATCH_SIZE
+
+    def count(self, cfg: HookedTransformerConfig, pairs: PairBatch, memory: int) -> Count:
+        kept = []
+        for circuit in self.circuits:
+            by_position = {at: heads for at, heads in heads_by_position(circuit).items() if heads}
+            _check_heads(cfg, [head for heads in by_position.values() for head in heads])
+            if by_position:
+                kept.append([head for heads in by_position.values() for head in heads])
+        names = {at for c in self.circuits for at, heads in heads_by_position(c).items() if heads}
+        n_tokens = len(names | {ANSWER_POSITION})
+        kept.sort(key=lambda heads: min(head.layer for head in heads))
+        shapes = _Shapes(cfg)
+        chunk = 0
+        pos = pairs.clean.tokens.shape[1]
+        for some in pairs.clean.chunks(self.batch_size):
+            batch = len(some)
+            shapes.part = RECORDED
+            for _ in range(cfg.n_layers):
+                shapes.head_outputs(pos, cfg.n_heads)
+                shapes.mlp(batch * pos)
+                shapes.move(6 * batch * pos * cfg.d_model)
+            shapes.call("run")
+            chunk = max(chunk, shapes.mlp_bytes(batch * pos))
+            floats = 6 * cfg.d_model + cfg.n_heads * (6 * cfg.d_head + 3 * (pos + n_tokens))
+            each = batch * n_tokens * floats * shapes.itemsize
+            shapes.part = SUFFIX
+            for chosen in row_slices(len(kept), each, memory // 2):
+                self._kept(shapes, kept[chosen], batch, pos, n_tokens)
+                chunk = max(chunk, each * (chosen.stop - chosen.start))
+            for _ in self.circuits:
+                shapes.unembed(batch)
+        size = min(self.batch_size, len(pairs))
+        cache = cfg.n_layers * size * pos * cfg.d_model + len(kept) * size * cfg.d_model
+        hooks = _Shapes(cfg)
+        hooks.whole_run(pairs.clean)
+        hooks.unembed(len(pairs))
+        passes = len(self.circuits)
+        return Count(
+            shapes.tally, cache * shapes.itemsize, chunk, passes, passes * _total(hooks.tally)
+        )
+
+    def _kept(
+        self, shapes: _Shapes, kept: Sequence[Sequence[Head]], batch: int, pos: int, n_tokens: int
+    ) -> None:
+        cfg = shapes.cfg
+        top = max(head.layer for heads in kept for head in heads)
+        begins = [min(head.layer for head in heads) for heads in kept]
+        for layer in range(begins[0], cfg.n_layers):
+            here = sum(begin <= layer for begin in begins)
+            rows = here * batch * n_tokens
+            shapes.head_outputs(pos, cfg.n_heads)
+            heads = {h.head for some in kept[:here] for h in some if h.layer == layer}
+            if heads:
+                own_kv = len({kv_head(cfg, head) for head in heads})
+                shapes.move(7 * (batch * pos + rows) * cfg.d_model)
+                shapes.project("q", rows, len(heads))
+                for which in ("k", "v"):
+                    shapes.project(which, batch * pos, own_kv)
+                    shapes.project(which, rows, own_kv)
+                shapes.attend(here, batch, n_tokens, len(heads), pos, n_tokens)
+                shapes.head_outputs(rows, len(heads))
+                shapes.call("attention")
+            shapes.mlp(here * batch * (n_tokens if layer < top else 1))
+
+
+class Variant(NamedTuple):
+    """A list of edits, as far as it matters to what it costs.
+
+    Attributes:
+        positions: the named positions edited.
+        points: the hook points edited (q, k, v, attn_scores, z), by layer.
+    """
+
+    positions: tuple[str, ...]
+    points: Mapping[int, frozenset[str]]
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer edited."""
+        return min(self.points)
+
+
+@dataclass(frozen=True)
+class EditedRuns(Job):
+    """Edits to a recorded run, as `tl_entity.exact.suffix.CleanRun` does them.
+
+    `mask_steps`, `cross_model_patching` and `knockouts` make them for the methods.
+
+    Attributes:
+        variants: the lists of edits; those at the same positions are recomputed together, from the
+            earliest of these on.
+        times: how often the variants are run on the same recorded prompts.
+        trained: whether gradients are wanted.
+        wanted: logits that are needed of each run; None for the whole vocabulary.
+        others: layers of each further recorded run that the edits take their values from.
+        batch_size: prompts run together.
+    """
+
+    variants: tuple[Variant, ...]
+    times: int = 1
+    trained: bool = False
+    wanted: int | None = None
+    others: tuple[int, ...] = ()
+    batch_size: int = BATCH_SIZE
+
+    def count(self, cfg: HookedTransformerConfig, pairs: PairBatch, memory: int) -> Count:
+        edited = sorted((some for some in self.variants if some.points), key=lambda v: v.lowest)
+        for variant in edited:
+            _check_heads(cfg, [Head(layer, 0) for layer in variant.points])
+        together = {
+            at: [variant for variant in edited if variant.positions == at]
+            for at in dict.fromkeys(variant.positions for variant in edited)
+        }
+        recorded, runs = _Shapes(cfg), _Shapes(cfg, trained=self.trained)
+        runs.part = SUFFIX
+        lowest = min((variant.lowest for variant in edited), default=cfg.n_layers - 1)
+        cache = chunk = 0
+        for some in pairs.chunks(self.batch_size):
+            recorded.whole_run(some.clean)
+            for layers in self.others:
+                recorded.whole_run(some.corrupt, layers)
+            kept = self._cache_bytes(recorded, some, lowest, len({v.lowest for v in edited}))
+            # A mask's training keeps the recorded runs of all its batches.
+            cache = cache + kept if self.trained else max(cache, kept)
+            chunk = max(chunk, recorded.run_bytes(some.clean))
+            for positions, variants in together.items():
+                start = torch.stack([some.clean.position(name) for name in positions]).amin(0)
+                for window in Window.each_length(some.clean, start):
+                    each = window.bytes_per_variant(runs.model)
+                    for chosen in row_slices(len(variants), each, memory // 2):
+                        here = variants[chosen]
+                        _recompute(runs, window, here)
+                        chunk = max(chunk, self._variants_bytes(runs, window, here))
+            runs.unembed(len(some) * len(self.variants), self.wanted)
+        tally = recorded.tally
+        tally.add(runs.tally, self.times)
+        return Count(tally, cache, chunk, *self._hooks(cfg, pairs, lowest))
+
+    def _cache_bytes(self, shapes: _Shapes, pairs: PairBatch, lowest: int, begins: int) -> int:
+        cfg = shapes.cfg
+        batch, pos = pairs.clean.tokens.shape
+        each = (cfg.n_layers - lowest) * 2 * shapes.kv_width
+        each += begins * (2 * cfg.d_model + shapes.width)
+        return batch * (pos * each + cfg.d_model) * shapes.itemsize
+
+    def _variants_bytes(self, shapes: _Shapes, window: Window, here: Sequence[Variant]) -> int:
+        each = window.bytes_per_variant(shapes.model)
+        rows = len(here) * window.tokens.numel()
+        if not self.trained:
+            return len(here) * each + shapes.mlp_bytes(rows)
+        # Every layer's activations stay for the backward pass.
+        layers = shapes.cfg.n_layers - here[0].lowest
+        return layers * (len(here) * each + rows * 5 * shapes.d_mlp * shapes.itemsize)
+
+    def _hooks(
+        self, cfg: HookedTransformerConfig, pairs: PairBatch, lowest: int
+    ) -> tuple[int, int]:
+        forward, backward, others = _Shapes(cfg), _Shapes(cfg), _Shapes(cfg)
+        forward.whole_run(pairs.clean)
+        forward.unembed(len(pairs))
+        backward.whole_run(pairs.clean, cfg.n_layers - lowest)
+        for layers in self.others:
+            others.whole_run(pairs.corrupt, layers)
+        n = self.times * len(self.variants)
+        operations = n * _total(forward.tally) + _total(others.tally)
+        if self.trained:
+            operations += n * _total(backward.tally)
+        return n * (2 if self.trained else 1) + len(self.others), operations
+
+
+def _recompute(shapes: _Shapes, window: Window, variants: Sequence[Variant]) -> None:
+    """Counts a window's recomputation for variants in order of where they begin."""
+    cfg = shapes.cfg
+    members, length = window.tokens.shape
+    begins = [variant.lowest for variant in variants]
+    for layer in range(begins[0], cfg.n_layers):
+        begun = sum(begin < layer for begin in begins)
+        now = sum(begin <= layer for begin in begins)
+        last = layer == cfg.n_layers - 1
+        here = [variant.points.get(layer, frozenset()) for variant in variants[:now]]
+        touches_queries = any({"q", "attn_scores", "z"} & points for points in here)
+        queries = 1 if last and not touches_queries else length
+        shapes.call("edit", sum(map(len, here)))
+        if begun:
+            shapes.window_attention(window, begun, queries)
+        if now > begun:
+            fresh = now - begun
+            if all(points <= {"z"} for points in here[begun:]):
+                shapes.head_outputs(fresh * members * queries, cfg.n_heads)
+            else:
+                shapes.window_attention(window, fresh, queries)
+        shapes.mlp(now * members * (1 if last else length))
+
+
+@checked
+def mask_steps(
+    candidates: Sequence[Head],
+    *,
+    position: str,
+    epochs: int = 2,
+    batch_size: int = BATCH_SIZE,
+) -> EditedRuns:
+    """Training a mask on `candidates` (DCM): both recorded runs, and all steps.
+
+    Raises:
+        InputError: if there are no candidates.
+    """
+    if not candidates:
+        raise InputError("There are no candidate heads to learn a mask for.")
+    layers = sorted({head.layer for head in candidates})
+    variant = Variant((position,), dict.fromkeys(layers, frozenset({"z"})))
+    return EditedRuns(
+        variants=(variant,),
+        times=epochs,
+        trained=True,
+        wanted=1,
+        others=(layers[-1] + 1,),
+        batch_size=batch_size,
+    )
+
+
+_POINTS_OF_PATCH = {
+    "output": {"z"},
+    "q": {"q"},
+    "k": {"q", "attn_scores"},
+    "v": {"attn_scores", "z"},
+}
+"""The hook points at which heads' outputs or inputs are patched from another model."""
+
+
+@checked
+def cross_model_patching(
+    choices: Sequence[tuple[Circuit | HeadsAt, str]], *, batch_size: int = BATCH_SIZE
+) -> EditedRuns:
+    """Patching heads from another model of the same sizes (CMAP), each choice by itself.
+
+    Args:
+        choices: heads, and what of them is patched: "output", or letters of q, k and v.
+        batch_size: prompts run together.
+
+    Raises:
+        InputError: if something else is to be patched.
+    """
+    variants = []
+    for heads, patch in choices:
+        by_position = {at: some for at, some in heads_by_position(heads).items() if some}
+        parts = (patch,) if patch == "output" else tuple(patch)
+        if not set(parts) <= set(_POINTS_OF_PATCH):
+            raise InputError(f"{patch!r} can't be patched: say 'output', or letters of q, k, v.")
+        points = frozenset().union(*(_POINTS_OF_PATCH[part] for part in parts))
+        layers = sorted({head.layer for some in by_position.values() for head in some})
+        variants.append(Variant(tuple(sorted(by_position)), dict.fromkeys(layers, points)))
+    highest = max((max(variant.points, default=-1) for variant in variants), default=-1)
+    return EditedRuns(tuple(variants), others=(highest + 1,), batch_size=batch_size)
+
+
+@checked
+def knockouts(
+    cfg: HookedTransformerConfig, *, from_position: str, batch_size: int = BATCH_SIZE
+) -> EditedRuns:
+    """Attention from a position taken away, from each layer of the model up in turn."""
+    points = frozenset({"attn_scores"})
+    return EditedRuns(
+        # The first is the run with nothing knocked out.
+        variants=tuple(
+            Variant((from_position,), dict.fromkeys(layers, points))
+            for layers in (range(0), *(range(n, cfg.n_layers) for n in range(cfg.n_layers)))
+        ),
+        batch_size=batch_size,
+    )
+
+
+def _by_layer(receivers: Sequence[Head]) -> dict[int, list[int]]:
+    by_layer: dict[int, list[int]] = {}
+    for receiver in sorted(set(receivers)):
+        by_layer.setdefault(receiver.layer, []).append(receiver.head)
+    return by_layer
+
+
+def _check_heads(cfg: HookedTransformerConfig, heads: Sequence[Head]) -> None:
+    for head in heads:
+        if not (0 <= head.layer < cfg.n_layers and 0 <= head.head < cfg.n_heads):
+            raise InputError(
+                f"The model has no head {head}; it has {cfg.n_layers} layers "
+                f"of {cfg.n_heads} heads."
+            )
+
+
+def _total(tally: Tally) -> int:
+    return sum(tally.operations.values())

@@ -1,0 +1,73 @@
+"""A checkpoint as a TransformerBridge: Hugging Face's own modules with TransformerLens's hooks."""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from tl_entity.errors import InputError
+from tl_entity.models.adapter import Adapter
+from tl_entity.models.checkpoint import Checkpoint
+from tl_entity.models.tokenizers import prepends_bos
+from tl_entity.models.weights import UNEMBEDDING, checked_tensors
+
+
+def bridge(
+    checkpoint: Checkpoint,
+    adapter: Adapter | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    dtype: torch.dtype,
+    device: str,
+) -> TransformerBridge:
+    """The checkpoint as a TransformerBridge in compatibility mode, its weights unprocessed.
+
+    It has HookedTransformer's hook names and Hugging Face's numbers. Weights are views of the
+    checkpoint's, as for a HookedTransformer. A model in memory is not rewritten: the bridge works
+    on another shell around the same weights.
+
+    Raises:
+        InputError: if the checkpoint is damaged or there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputError("A TransformerBridge needs a tokenizer: give one as tokenizer=.")
+    model = _filled(checkpoint, adapter, dtype, device)
+    bos = prepends_bos(tokenizer)
+    bridged = TransformerBridge.boot_transformers(
+        checkpoint.place, hf_model=model, tokenizer=tokenizer, dtype=dtype, device=device
+    )
+    # Without processing: the weights are the checkpoint's, only the names are the old ones.
+    bridged.enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    bridged.tokenizer = tokenizer
+    bridged.cfg.tokenizer_prepends_bos = bridged.cfg.default_prepend_bos = bos
+    bridged.requires_grad_(False)
+    return bridged.eval()
+
+
+def _filled(
+    checkpoint: Checkpoint, adapter: Adapter | None, dtype: torch.dtype, device: str
+) -> nn.Module:
+    """The transformers model of the checkpoint's configuration around the checkpoint's weights."""
+    config = copy.deepcopy(checkpoint.config)
+    # What the bridge's hooks on scores and patterns need.
+    config._attn_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes.setdefault(UNEMBEDDING, model.get_input_embeddings().weight.shape)
+    untied = False
+    for key, tensor in checked_tensors(checkpoint, shapes, adapter):
+        module_name, _, name = key.rpartition(".")
+        value = tensor.to(device).to(dtype)
+        parameter = nn.Parameter(value, requires_grad=False)
+        model.get_submodule(module_name)._parameters[name] = parameter
+        untied |= key == UNEMBEDDING
+    if untied:
+        model.config.tie_word_embeddings = False
+    else:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model.to(device).eval()
