@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -356,14 +357,16 @@ def random_llama(sizes: Mapping[str, int], device: str, seed: int = 0) -> Hooked
         init_weights=False,
         device=device,
     )
-    model = HookedTransformer(cfg)
+    # Only parameters are made later, in place, where they belong.
+    with init_empty_weights(include_buffers=False):
+        model = HookedTransformer(cfg, move_to_device=False)
     generator = torch.Generator(device).manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> Tensor:
         weights = torch.empty(rows, columns, device=device)
         return weights.normal_(0, columns**-0.5, generator=generator)
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters()):
         shape = parameter.shape
         if name.endswith(("W_Q", "W_K", "W_V")):
             heads, d_model, size = shape
@@ -376,9 +379,16 @@ def random_llama(sizes: Mapping[str, int], device: str, seed: int = 0) -> Hooked
         elif parameter.ndim == 2:
             weights = matrix(*shape) * shape[1] ** 0.5
         else:
-            weights = torch.ones_like(parameter) if "ln" in name else torch.zeros_like(parameter)
-        parameter.data = weights
-    return model.requires_grad_(False).eval()
+            weights = torch.full(shape, float("ln" in name), device=device)
+        set_parameter(model, name, weights)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def set_parameter(model: HookedTransformer, name: str, weights: Tensor) -> None:
+    """Put weights, as they lie in memory, in a parameter's place."""
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    module.register_parameter(last, torch.nn.Parameter(weights, requires_grad=False))
 
 
 def random_pairs(model: HookedTransformer, n_prompts: int, n_boxes: int) -> PairBatch:
@@ -396,19 +406,19 @@ def random_pairs(model: HookedTransformer, n_prompts: int, n_boxes: int) -> Pair
 
 def noisy_copy(model: HookedTransformer) -> HookedTransformer:
     """A model of the same sizes that computes something else: one per cent of noise on `W_O`."""
-    other = HookedTransformer(replace_config(model.cfg), move_to_device=False)
-    parameters = dict(model.named_parameters())
-    generator = torch.Generator(parameters["embed.W_E"].device).manual_seed(1)
-    for name, parameter in other.named_parameters():
-        weights = parameters[name].data
+    with init_empty_weights(include_buffers=False):
+        other = HookedTransformer(replace_config(model.cfg), move_to_device=False)
+    generator = torch.Generator(model.W_E.device).manual_seed(1)
+    for name, parameter in list(model.named_parameters()):
+        weights = parameter.data
         if name.endswith("W_O"):
             noise = torch.empty_like(weights).normal_(generator=generator)
             weights = weights + 0.01 * weights.std() * noise
-        parameter.data = weights
+        set_parameter(other, name, weights)
     for here, there in zip(other.blocks, model.blocks, strict=True):
         for table in ("rotary_cos", "rotary_sin"):
             setattr(here.attn, table, getattr(there.attn, table))
-        here.to(model.cfg.device)
+    other.to(model.cfg.device)
     other.tokenizer = model.tokenizer
     return other.requires_grad_(False).eval()
 

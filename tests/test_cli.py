@@ -1,5 +1,6 @@
 """The command line: help without torch, and bad input as one sentence."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.study.helpers import save_tiny_model
-from tl_entity.cli import main
+from tl_entity.cli import METHODS, main
+from tl_entity.study.settings import EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,19 @@ def test_interrupted(capsys, model, tmp_path):
     assert said.splitlines()[-1].startswith("tl-entity: interrupted")
     assert "Traceback" not in said
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_each_method_has_a_command_that_shares_what_is_finished(capsys, model, tmp_path):
+    given = ["--base", str(model), "--tuned", "none", "--prompts", "4", "--boxes", "2"]
+    given += ["--all-pairs", "--no-png", "--out", str(tmp_path / "out")]
+    assert set(EXPERIMENTS) | {"discover"} == set(METHODS)
+    assert main(["discover", *given]) == 0
+    assert "base: struct_reader" in capsys.readouterr().err
+    assert main(["knockout", *given]) == 0
+    said = capsys.readouterr().err
+    assert "base: knockout" in said and "base: struct_reader" not in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["only"] == ["knockout"]
 
 
 def test_a_run_says_what_it_found_and_where(capsys, model, tmp_path):

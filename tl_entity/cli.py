@@ -74,16 +74,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+METHODS = {
+    "discover": "find the circuits, and nothing else",
+    "faithfulness": "how much of the accuracy the circuit has alone, beside random circuits",
+    "completeness": "the circuit and the model without the same heads",
+    "minimality": "what the circuit loses with each of its heads",
+    "attention": "what the circuit's heads attend to",
+    "information": "what each group carries: DCM, then activation patching",
+    "knockout": "where information passes between tokens, by attention knockout",
+    "cmap": "heads of one model in the other, both ways",
+    "comparison": "the two circuits compared",
+}
+"""Commands that do one experiment of `reproduce`, after the circuits that it rests on."""
+
+
 def _add_reproduce(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command = commands.add_parser(
         "reproduce",
-        help="find, test and compare the entity-tracking circuits of two models",
+        help="every experiment of the paper on a base model and its fine-tune",
         description="Measures both models' accuracy, finds the circuit of each by path patching, "
-        "and tests it. Finished steps are kept in the output folder, so that the same command goes "
-        "on where it was stopped.",
+        "tests it, sees what its heads carry, and compares the two. Finished steps are kept in the "
+        "output folder, so that the same command goes on where it was stopped.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_study_options(command)
+    command.add_argument(
+        "--only",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        metavar="NAMES",
+        help="only these experiments beside accuracy and discovery, separated by commas: "
+        + ", ".join(name for name in METHODS if name != "discover"),
+    )
+    for name, what in METHODS.items():
+        single = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what.capitalize()}. Accuracy and circuits come first, unless the output "
+            "folder has them.",
+        )
+        _add_study_options(single)
+        single.set_defaults(only=() if name == "discover" else (name,))
+
+
+def _add_study_options(command: "_OneLineParser") -> None:
     model = "a name (default-base, default-tuned), a folder, or a hub id"
     add = command.add_argument
     add("--base", default="default-base", metavar="MODEL", help=f"base model: {model}")
@@ -141,14 +175,6 @@ def _add_reproduce(commands: "argparse._SubParsersAction[_OneLineParser]") -> No
         default=5,
         metavar="N",
         help="draws of the prompts that heads are patched on (default: 5)",
-    )
-    add(
-        "--only",
-        type=lambda text: tuple(filter(None, text.split(","))),
-        metavar="NAMES",
-        help="only these experiments beside accuracy and discovery, separated by commas: "
-        "faithfulness, completeness, minimality, attention, information, knockout, cmap, "
-        "comparison",
     )
     add(
         "--all-pairs",

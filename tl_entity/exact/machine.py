@@ -29,8 +29,8 @@ SHARE_TIMED = 0.97
 LONGEST_PRODUCT = 0.01
 """Seconds that one timed product may take: larger ones are no faster, and are cut down."""
 
-MOST_WEIGHTS = 4 * 2**20
-"""Numbers in a timed product's second matrix, at most."""
+MOST_WEIGHTS = {"cpu": 2**22, "cuda": 2**26}
+"""Numbers in a timed product's second matrix, at most, by kind of device."""
 
 MOVED_NUMBERS = 2**20
 """Numbers in each array by which elementwise operations are timed."""
@@ -143,8 +143,9 @@ def _time_product(
 ) -> float:
     """Operations a second of a product like this one, of at most about `longest` operations."""
     _, batch, rows, inner, columns = product
-    if inner * columns > MOST_WEIGHTS:
-        columns = max(min(columns, 512), MOST_WEIGHTS // inner)
+    most = MOST_WEIGHTS.get(device.type, MOST_WEIGHTS["cpu"])
+    if inner * columns > most:
+        columns = max(min(columns, 512), most // inner)
     if longest > 1:
         rows = min(rows, max(32, int(longest / (2 * inner * columns * min(batch, 8)))))
         batch = min(batch, max(1, int(longest / (2 * rows * inner * columns))))
