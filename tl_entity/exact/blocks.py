@@ -49,7 +49,7 @@ def check_supported(model: HookedTransformer) -> None:
         "it has attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
         "its rotary table changes with length": bool(getattr(cfg, "use_dynamic_ntk_rope", False)),
         "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
-        "its layers are on several devices": cfg.n_devices > 1,
+        "its layers are on several devices": getattr(cfg, "n_devices", 1) > 1,
         "it is quantised": bool(getattr(cfg, "load_in_4bit", False)),
         "hooks are attached to it for good": any(
             point.fwd_hooks for point in model.hook_dict.values()
