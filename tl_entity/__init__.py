@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from tl_entity.tasks.desiderata import Desideratum as Desideratum
     from tl_entity.tasks.desiderata import desideratum_draws as desideratum_draws
     from tl_entity.tasks.desiderata import desideratum_pairs as desideratum_pairs
+    from tl_entity.tasks.own import dataset_pairs as dataset_pairs
+    from tl_entity.tasks.own import dataset_prompts as dataset_prompts
+    from tl_entity.tasks.own import marked_pairs as marked_pairs
+    from tl_entity.tasks.own import marked_prompts as marked_prompts
     from tl_entity.tasks.pairs import discovery_pairs as discovery_pairs
 
 __version__ = "0.1.0"
@@ -67,6 +71,8 @@ _HOME = {
     "cmap_by_group": "methods.cmap",
     "compare": "methods.compare",
     "completeness": "methods.completeness",
+    "dataset_pairs": "tasks.own",
+    "dataset_prompts": "tasks.own",
     "DESIDERATA": "tasks.desiderata",
     "Desideratum": "tasks.desiderata",
     "desideratum_draws": "tasks.desiderata",
@@ -92,6 +98,8 @@ _HOME = {
     "load_model": "models.load",
     "load_prompts": "tasks.boxes",
     "load_tokenizer": "models.load",
+    "marked_pairs": "tasks.own",
+    "marked_prompts": "tasks.own",
     "MaskedForward": "methods.dcm",
     "mean_head_outputs": "methods.circuits",
     "Metric": "metrics",

@@ -5,9 +5,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tl_entity.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HeadsAt = Mapping[str, "Sequence[Head]"]
 """Heads by the named position they are edited at, e.g. `{"last": [Head(2, 0)]}`."""
@@ -30,6 +33,9 @@ class Head(NamedTuple):
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
 
+    # In lists and tuples too.
+    __repr__ = __str__
+
     @classmethod
     def parse(cls, text: str) -> "Head":
         """The head that `L10H3` names.
@@ -51,7 +57,7 @@ class Group(NamedTuple):
     heads: tuple[Head, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Circuit:
     """Named groups of heads, each with the named position at which its heads act.
 
@@ -126,6 +132,29 @@ class Circuit:
         return "; ".join(
             f"{group.name} at {group.position}: {' '.join(map(str, group.heads)) or 'none'}"
             for group in self.groups
+        )
+
+    def __repr__(self) -> str:
+        return f"Circuit: {self}"
+
+    def _repr_html_(self) -> str:
+        shown = self.to_dataframe().to_html(index=False, border=0)
+        return f"<p><b>Circuit</b>: {len(self)} heads</p>\n{shown}"
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a group: its position and its heads."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "group": group.name,
+                    "position": group.position,
+                    "n_heads": len(group.heads),
+                    "heads": " ".join(map(str, group.heads)),
+                }
+                for group in self.groups
+            ]
         )
 
     @property

@@ -45,7 +45,9 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_architectures(name: str, tmp_path: Path) -> None:
     reference = write_gguf(MODELS[name](rms_norm_eps=1e-5), tmp_path / "m.gguf")
-    agrees(load(tmp_path / "m.gguf"), reference)
+    model = load(tmp_path / "m.gguf")
+    agrees(model, reference)
+    assert model.cfg.eps == 1e-5  # as it was before it was written as a float32
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,12 @@ from tl_entity._typing import checked
 from tl_entity.heads import Head
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import record
+from tl_entity.results import Result
 from tl_entity.tasks.batches import PromptBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 FIRST_TOKEN = "first_token"
 ELSEWHERE = "elsewhere"
@@ -20,7 +26,7 @@ ELSEWHERE = "elsewhere"
 
 @checked
 @dataclass(frozen=True)
-class AttentionSummary:
+class AttentionSummary(Result):
     """Where some heads look from one named position.
 
     Attributes:
@@ -38,6 +44,39 @@ class AttentionSummary:
     weights: Float[Tensor, "head name"]
     common_offset: Int[Tensor, " head"]
     offset_share: Float[Tensor, " head"]
+
+    def __str__(self) -> str:
+        most = [self.names[i] for i in self.weights.argmax(1).tolist()] if self.heads else []
+        return f"from {self.from_position}, most attention: " + (
+            ", ".join(f"{head} {name}" for head, name in zip(self.heads, most, strict=True))
+            or "no heads"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a head: its mean weight on each name, and the distance it most often looks back
+        with the share of prompts in which it does."""
+        import pandas as pd
+
+        weights = dict(zip(self.names, self.weights.T.tolist(), strict=True))
+        return pd.DataFrame(
+            {
+                "head": [str(head) for head in self.heads],
+                **weights,
+                "common_offset": self.common_offset.tolist(),
+                "offset_share": self.offset_share.tolist(),
+            }
+        )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Heads by names, darker for more weight."""
+        from tl_entity.plots.heatmaps import attention_heatmap
+
+        return attention_heatmap(
+            [str(head) for head in self.heads],
+            list(self.names),
+            self.weights.double().cpu().numpy(),
+            title=f"Mean attention from {self.from_position}" if title is None else title,
+        )
 
 
 @checked
@@ -87,7 +126,7 @@ def summarize_attention(
         left.scatter_(2, where, 0.0)
     weights.append(left.sum(2).mean(1))
     offsets = seer - pattern.argmax(2)
-    common = offsets.mode(1).values if heads else offsets.new_empty(0)
+    common = offsets.mode(1)[0] if heads else offsets.new_empty(0)
     return AttentionSummary(
         heads=tuple(heads),
         from_position=from_position,

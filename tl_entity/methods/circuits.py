@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,8 +22,13 @@ from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import shared_out
+from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.stats import Interval, bootstrap_ratio_interval, wilson_interval
 from tl_entity.tasks.batches import PromptBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 BATCH_SIZE = 32
 """Prompts run together where nothing else is said."""
@@ -30,7 +36,7 @@ BATCH_SIZE = 32
 
 @checked
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """How a model, edited or not, answers some prompts.
 
     Attributes:
@@ -59,9 +65,43 @@ class Evaluation:
         """Wilson's 95 % interval of the accuracy."""
         return wilson_interval(int(self.correct.sum()), len(self))
 
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a prompt: predicted token id, whether it is right, the answer's probability."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "prompt": range(len(self)),
+                "predicted": self.predicted.tolist(),
+                "correct": self.correct.tolist(),
+                "answer_probability": self.answer_log_probability.exp().tolist(),
+            }
+        )
+
+    def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
+        """The one row that sums up all prompts: how many are right of how many, the accuracy and
+        its 95 % interval."""
+        import pandas as pd
+
+        low, high = self.interval
+        counts = {"correct": int(self.correct.sum()), "prompts": len(self)}
+        return pd.DataFrame([{**counts, "accuracy": self.accuracy, "low": low, "high": high}])
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """How sure the model is of the answer: prompts by the answer's probability, those answered
+        right and wrong apart."""
+        from tl_entity.plots.histograms import probability_histogram
+
+        probability = self.answer_log_probability.double().exp().cpu().numpy()
+        right = self.correct.cpu().numpy()
+        return probability_histogram(
+            {"answered right": probability[right], "answered wrong": probability[~right]},
+            title=f"Probability of the answer; {self}" if title is None else title,
+        )
+
 
 @dataclass(frozen=True)
-class Faithfulness:
+class Faithfulness(Result):
     """How much of the model's accuracy the circuit alone has: F(C) / F(M).
 
     Attributes:
@@ -86,6 +126,41 @@ class Faithfulness:
             seed=seed,
         )
         return cls(of_circuit, of_model, value, interval)
+
+    def __str__(self) -> str:
+        return (
+            f"faithfulness {self.value:.3f} {self.interval}: circuit {self.of_circuit.accuracy:.3f}"
+            f", model {self.of_model.accuracy:.3f} of {len(self.of_model)} prompts"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Three rows: accuracy of the circuit, of the model, and their ratio, with intervals."""
+        import pandas as pd
+
+        rows = {
+            "circuit": (self.of_circuit.accuracy, self.of_circuit.interval),
+            "model": (self.of_model.accuracy, self.of_model.interval),
+            "faithfulness": (self.value, self.interval),
+        }
+        return pd.DataFrame(
+            [
+                {"of": name, "value": value, "low": low, "high": high}
+                for name, (value, (low, high)) in rows.items()
+            ]
+        )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Accuracy of the whole model and of the circuit alone, with 95 % intervals."""
+        from tl_entity.plots.bars import Bar, grouped_bars
+
+        bars = {
+            name: Bar(found.accuracy, *found.interval)
+            for name, found in (("whole model", self.of_model), ("circuit alone", self.of_circuit))
+        }
+        return grouped_bars(
+            {"accuracy": bars},
+            title=f"Faithfulness {self.value:.2f} {self.interval}" if title is None else title,
+        )
 
 
 @checked

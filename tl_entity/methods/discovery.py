@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformer_lens import HookedTransformer
 
@@ -10,7 +11,12 @@ from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head
 from tl_entity.hooks.points import HeadInput
 from tl_entity.methods.path_patching import Engine, HeadScores, path_patch
+from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.tasks.batches import PairBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ ENTITY_TRACKING_STAGES: tuple[Stage, ...] = (
 
 
 @dataclass(frozen=True)
-class Discovery:
+class Discovery(Result):
     """A circuit and the scores it was chosen by.
 
     Attributes:
@@ -53,6 +59,93 @@ class Discovery:
     circuit: Circuit
     scores: Mapping[str, HeadScores]
     receivers: Mapping[str, tuple[Head, ...]]
+
+    def __str__(self) -> str:
+        return str(self.circuit)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row for each head in each group's score map: score, its 95 % interval, its rank, and
+        whether the group has it."""
+        import pandas as pd
+
+        frames = []
+        for group in self.circuit:
+            frame = self.scores[group.name].to_dataframe()
+            chosen = frame["head"].isin([str(head) for head in group.heads])
+            frame.insert(0, "group", group.name)
+            frame.insert(1, "position", group.position)
+            frames.append(frame.assign(chosen=chosen))
+        return pd.concat(frames, ignore_index=True)
+
+    def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
+        """The circuit's heads, group by group, the most important first: at most `n` of each."""
+        import pandas as pd
+
+        rows = self.to_dataframe()
+        rows = rows.loc[rows["chosen"]].sort_values(by="rank")
+        most = len(rows) if n is None else n
+        parts = [rows.loc[rows["group"] == group.name].head(most) for group in self.circuit]
+        return pd.concat(parts, ignore_index=True).drop(columns=["layer", "index", "chosen"])
+
+    def plot(self, *, known: Circuit | None = None, title: str = "Path patching") -> "go.Figure":
+        """Every group's score map, with the heads chosen outlined.
+
+        Args:
+            known: heads to mark with a dot, by group.
+            title: above all.
+        """
+        from tl_entity.plots.heatmaps import stage_heatmaps
+
+        dots = {} if known is None else {group.name: group.heads for group in known}
+        panels = [
+            self.scores[group.name].panel(
+                chosen=group.heads,
+                known=dots.get(group.name, ()),
+                title=f"{group.name}: {self._path(group.name)}",
+            )
+            for group in self.circuit
+        ]
+        return stage_heatmaps(panels, title=title)
+
+    def diagram(
+        self, words: Sequence[str], positions: Mapping[str, int], *, title: str = "The circuit"
+    ) -> "go.Figure":
+        """The circuit over a prompt: each group above its token, arrows along the patched paths.
+
+        Args:
+            words: the prompt's tokens, as text.
+            positions: the index of each named position among them.
+            title: above the figure.
+
+        Raises:
+            InputError: if a group's position is missing or is no token of the prompt.
+        """
+        from tl_entity.plots.circuit_diagram import Edge, Node, circuit_diagram
+
+        nodes, edges = [], []
+        for group in self.circuit:
+            if group.position not in positions:
+                raise InputError(f"Say which token is at {group.position!r}.")
+            nodes.append(Node(group.name, positions[group.position], group.heads))
+            into = self._receiving_group(group.name)
+            found = self.scores[group.name]
+            edges.append(Edge(group.name, into, found.receiver_input or "logits"))
+        return circuit_diagram(words, nodes, edges, title=title)
+
+    def _receiving_group(self, name: str) -> str | None:
+        """The group that a group was found by; None for the logits."""
+        receivers = self.scores[name].receivers
+        if receivers is None:
+            return None
+        for other, heads in self.receivers.items():
+            if heads == receivers:
+                return other
+        raise InputError(f"{name} was found by heads that are the receivers of no group here.")
+
+    def _path(self, name: str) -> str:
+        found, into = self.scores[name], self._receiving_group(name)
+        reached = "the logits" if into is None else f"{found.receiver_input} of {into}"
+        return f"{found.position} into {reached}"
 
 
 @checked

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,16 +20,27 @@ from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, check_heads
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
+from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.stats import mean_intervals
 from tl_entity.tasks.batches import PairBatch
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from tl_entity.plots.heatmaps import HeadMap
 
 Engine = Literal["exact", "hooks"]
 """`"exact"` recomputes only what can change; `"hooks"` runs the whole model for every sender."""
 
 
+HEADS_IN_A_LINE = 3
+"""Heads that a line of text about a score map names."""
+
+
 @checked
 @dataclass(frozen=True)
-class HeadScores:
+class HeadScores(Result):
     """How much the target's probability changes when each head takes its corrupt value.
 
     Attributes:
@@ -52,6 +63,86 @@ class HeadScores:
     receiver_input: HeadInput | None
     engine: Engine
     metric: str = RELATIVE_PROBABILITY.name
+
+    def __str__(self) -> str:
+        best = ", ".join(
+            f"{head} {self.scores[head].item():+.3f}" for head in self.top(HEADS_IN_A_LINE)
+        )
+        return (
+            f"{_path(self)}, {self.per_example.shape[-1]} pairs; "
+            f"most important by {self.metric}: {best or 'none can reach'}"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a head, in order of layer and head: score, its 95 % interval, its rank (1 the
+        most important), none if it can't reach a receiver."""
+        import pandas as pd
+
+        ranks = {head: rank for rank, head in enumerate(self.ranked(), start=1)}
+        heads = [Head(*index) for index in np.ndindex(*self.per_example.shape[:2])]
+        bounds = self.intervals.reshape(-1, 2)
+        return pd.DataFrame(
+            {
+                "head": [str(head) for head in heads],
+                "layer": [head.layer for head in heads],
+                "index": [head.head for head in heads],
+                "score": self.scores.flatten().tolist(),
+                "low": bounds[:, 0],
+                "high": bounds[:, 1],
+                "rank": pd.array([ranks.get(head) for head in heads], dtype="Int64"),
+            }
+        )
+
+    def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
+        """The `n` most important heads, the most important first; None for all that can reach."""
+        rows = self.to_dataframe().dropna(subset="rank").sort_values(by="rank")
+        rows = rows.loc[:, ["rank", "head", "score", "low", "high"]].reset_index(drop=True)
+        return rows if n is None else rows.head(n)
+
+    def plot(
+        self,
+        *,
+        chosen: int | Sequence[Head] = 5,
+        known: Sequence[Head] = (),
+        title: str | None = None,
+    ) -> "go.Figure":
+        """A heatmap, layer by head; red where the score is below zero.
+
+        Args:
+            chosen: heads to outline; a number for so many of the most important ones, of those
+                that score below zero.
+            known: heads to mark with a dot.
+            title: above the figure; says what was patched if left out.
+        """
+        from tl_entity.plots.heatmaps import head_heatmap
+
+        panel = self.panel(chosen=chosen, known=known, title=title)
+        if self.metric == RELATIVE_PROBABILITY.name:
+            return head_heatmap(panel)
+        # Other metrics have no bound at -1: the largest score is the darkest.
+        return head_heatmap(panel, limit=float(np.abs(panel.scores).max()) or None)
+
+    def panel(
+        self,
+        *,
+        chosen: int | Sequence[Head] = 5,
+        known: Sequence[Head] = (),
+        title: str | None = None,
+    ) -> "HeadMap":
+        """What `plot` shows, to be put beside others by `tl_entity.plots.heatmaps`."""
+        from tl_entity.plots.heatmaps import HeadMap
+
+        scores = self.scores.double().cpu().numpy()
+        if isinstance(chosen, int):
+            chosen = [head for head in self.top(chosen) if scores[head] < 0]
+        return HeadMap(
+            title=f"Path patching, {_path(self)}" if title is None else title,
+            scores=scores,
+            intervals=self.intervals,
+            chosen=tuple(chosen),
+            known=tuple(known),
+            top_layer=self.top_layer,
+        )
 
     @property
     def scores(self) -> Float[Tensor, "layer head"]:
@@ -88,7 +179,7 @@ class HeadScores:
 
 @checked
 @dataclass(frozen=True)
-class MLPScores:
+class MLPScores(Result):
     """How much the target's probability changes when each layer's MLP takes its corrupt output.
 
     Attributes:
@@ -108,6 +199,48 @@ class MLPScores:
     receiver_input: HeadInput | None
     engine: Engine
     metric: str = RELATIVE_PROBABILITY.name
+
+    def __str__(self) -> str:
+        scores = self.scores.tolist()
+        best = min(range(len(scores)), key=scores.__getitem__)
+        return (
+            f"MLPs, {_path(self)}, {self.per_example.shape[-1]} pairs; "
+            f"most important by {self.metric}: layer {best} {scores[best]:+.3f}"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a layer: score and its 95 % interval."""
+        import pandas as pd
+
+        scores, bounds = self.scores.tolist(), self.intervals
+        return pd.DataFrame(
+            {
+                "layer": range(len(scores)),
+                "score": scores,
+                "low": bounds[:, 0],
+                "high": bounds[:, 1],
+            }
+        )
+
+    def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
+        """The `n` most important layers, the most important first; None for all."""
+        rows = self.to_dataframe().sort_values("score", kind="stable").reset_index(drop=True)
+        return rows if n is None else rows.head(n)
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Bars, one a layer, with 95 % intervals."""
+        from tl_entity.plots.bars import Bar, grouped_bars
+
+        bars = {
+            str(layer): Bar(score, *bounds)
+            for layer, (score, bounds) in enumerate(
+                zip(self.scores.tolist(), self.intervals.tolist(), strict=True)
+            )
+        }
+        title = f"MLPs, {_path(self)}" if title is None else title
+        figure = grouped_bars({"MLP": bars}, title=title, axis="score")
+        figure.update_xaxes(title_text="layer", type="category")
+        return figure.update_yaxes(autorange=True, range=None, tickformat=None, dtick=None)
 
     @property
     def scores(self) -> Float[Tensor, " layer"]:
@@ -233,6 +366,15 @@ def path_patch_mlps(
         engine=engine,
         metric=metric.name,
     )
+
+
+def _path(scores: HeadScores | MLPScores) -> str:
+    """The path that was patched, in words."""
+    if scores.receivers is None:
+        return f"{scores.position} into the logits"
+    n = len(scores.receivers)
+    heads = " ".join(map(str, scores.receivers)) if n <= HEADS_IN_A_LINE else f"{n} heads"
+    return f"{scores.position} into {scores.receiver_input} of {heads or 'no heads'}"
 
 
 def _run(

@@ -89,7 +89,7 @@ def circuit_diagram(
         figure.add_annotation(
             x=(x0 + x1) / 2,
             y=(y0 + y1) / 2,
-            text=edge.into,
+            text="" if edge.target is None else edge.into,
             showarrow=False,
             bgcolor="white",
             font={"size": 12, "color": INK},
