@@ -89,8 +89,11 @@ def circuit_diagram(
         figure.add_annotation(
             x=(x0 + x1) / 2,
             y=(y0 + y1) / 2,
-            text="" if edge.target is None else edge.into,
+            text=edge.into,
             showarrow=False,
+            # Beside an upright arrow: on it, the label of the group below would cover it.
+            xanchor="left" if x0 == x1 else "center",
+            xshift=4 if x0 == x1 else 0,
             bgcolor="white",
             font={"size": 12, "color": INK},
         )
