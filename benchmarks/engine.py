@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run what was asked for and write the JSON file after every model."""
+    """Run what was asked for and write the JSON file after every job."""
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", DeprecationWarning)
     names = options.models or ["default-tuned", "random-256", "random-512", "random-1024"]
@@ -225,8 +225,10 @@ def run(options: argparse.Namespace) -> None:
     }
     with float32_matmul_precision(options.matmul_precision):
         for name in names:
-            results["models"].append(benchmark_model(name, options))
-            _save(results, options.out)
+            for found in benchmark_model(name, options):
+                others = [model for model in results["models"] if model["name"] != found["name"]]
+                results["models"] = [*others, found]
+                _save(results, options.out)
         if not options.no_growth:
             results["growth"] = growth(options)
             _save(results, options.out)
@@ -235,8 +237,8 @@ def run(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------- models
 
 
-def benchmark_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All jobs on one model."""
+def benchmark_model(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All jobs on one model: what is known of it after each of them."""
     model, pairs = model_and_pairs(name, options)
     clock = Clock(torch.device(options.device))
     memory = memory_budget(model.cfg.device)
@@ -269,6 +271,13 @@ def benchmark_model(name: str, options: argparse.Namespace) -> dict[str, Any]:
         rows.append(row)
         ratio = "" if row.ratio is None else f", {row.ratio:.1f} times hooks"
         _note(f"  {job}: {row.exact_seconds:.2f} s{ratio}")
+        yield described(model, name, pairs, rows)
+
+
+def described(
+    model: HookedTransformer, name: str, pairs: PairBatch, rows: Sequence[Row]
+) -> dict[str, Any]:
+    """A model's sizes, and the rows there are."""
     cfg = model.cfg
     return {
         "name": title(name),
@@ -381,7 +390,8 @@ def random_llama(sizes: Mapping[str, int], device: str, seed: int = 0) -> Hooked
         else:
             weights = torch.full(shape, float("ln" in name), device=device)
         set_parameter(model, name, weights)
-    return model.to(device).requires_grad_(False).eval()
+    model.to(device, print_details=False)
+    return model.requires_grad_(False).eval()
 
 
 def set_parameter(model: HookedTransformer, name: str, weights: Tensor) -> None:
@@ -418,7 +428,7 @@ def noisy_copy(model: HookedTransformer) -> HookedTransformer:
     for here, there in zip(other.blocks, model.blocks, strict=True):
         for table in ("rotary_cos", "rotary_sin"):
             setattr(here.attn, table, getattr(there.attn, table))
-    other.to(model.cfg.device)
+    other.to(model.W_E.device, print_details=False)
     other.tokenizer = model.tokenizer
     return other.requires_grad_(False).eval()
 

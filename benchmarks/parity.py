@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,18 +123,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--prompts", type=int, default=4, help="of the box task, for real models")
     parser.add_argument("--steps", type=int, default=5, help="of training an adapter")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="the rows; written after each of a real model")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --json has")
     parser.add_argument("--out", type=Path, help="the page, in Markdown")
     options = parser.parse_args(arguments)
     _quieten()
-    rows = []
+    rows: list[Row] = []
+    if options.resume and options.json and options.json.exists():
+        rows = [Row(**row) for row in json.loads(options.json.read_text())]
     with tempfile.TemporaryDirectory() as scratch:
         for name, (kind, changes) in ARCHITECTURES.items():
+            if any(row.model == name for row in rows):
+                continue
             rows += _architecture(name, kind, changes, Path(scratch) / name.replace(" ", "-"))
             _say(rows[-1])
         for index, (label, folder, gguf) in enumerate(options.real):
             place = Path(scratch) / f"real-{index}"
-            for row in _real(label, Path(folder), Path(gguf), place, options):
+            done = {(row.source, row.dtype) for row in rows if row.model == label}
+            for row in _real(label, Path(folder), Path(gguf), place, options, done):
                 rows.append(row)
                 _say(row)
                 if options.json:  # as far as it has come
@@ -178,9 +184,18 @@ def _architecture(name: str, kind: str, changes: dict[str, Any], folder: Path) -
     return rows
 
 
-def _real(label: str, folder: Path, gguf: Path, place: Path, options: argparse.Namespace) -> Any:
+def _real(
+    label: str,
+    folder: Path,
+    gguf: Path,
+    place: Path,
+    options: argparse.Namespace,
+    done: set[tuple[str, str]],
+) -> Iterator[Row]:
     from tl_entity import box_prompts, load_tokenizer
 
+    if len(done) == len(DTYPES) * (5 + len(ADAPTERS)):
+        return
     place.mkdir()
     prompts = box_prompts(load_tokenizer(folder), options.prompts, seed=0)
     tokens = prompts.tokens
@@ -200,6 +215,8 @@ def _real(label: str, folder: Path, gguf: Path, place: Path, options: argparse.N
         # The model of the GGUF file as transformers itself reads it, and of adapters as peft does.
         references: dict[str, Any] = {}
         for source, path, keywords, reference in sources:
+            if (source, dtype) in done:
+                continue
             if reference not in references:
                 path_of_reference = gguf if reference == "gguf" else folder
                 references[reference] = _apart(
