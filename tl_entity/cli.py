@@ -15,6 +15,8 @@ from tl_entity.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tl_entity.study.experiments import Count
+
 PROGRAM = "tl-entity"
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -419,7 +421,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> "Iterator[Callable[[int], object]]":
+def _bar(what: str, total: int) -> "Iterator[Count]":
     from tqdm import tqdm
 
     with tqdm(
@@ -427,9 +429,16 @@ def _bar(what: str, total: int) -> "Iterator[Callable[[int], object]]":
         desc=f"{what:<24}",
         unit="run",
         file=sys.stderr,
-        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]",
+        bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+        "{postfix}",
     ) as bar:
-        yield bar.update
+
+        def count(runs: int, note: str = "", /) -> None:
+            if note:
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(runs)
+
+        yield count
 
 
 def _quieten() -> None:

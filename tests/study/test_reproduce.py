@@ -1,6 +1,7 @@
 """The main job on two tiny random models: what it writes, and that it can be interrupted."""
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -33,6 +34,7 @@ class Watch:
 
     def __init__(self, stop_at: str | None = None):
         self.seen: list[str] = []
+        self.notes: dict[str, list[str]] = {}
         self.stop_at = stop_at
 
     @contextmanager
@@ -41,7 +43,12 @@ class Watch:
         if what == self.stop_at:
             raise KeyboardInterrupt
         runs = []
-        yield runs.append
+
+        def count(done: int, note: str = "") -> None:
+            runs.append(done)
+            self.notes.setdefault(what, []).append(note)
+
+        yield count
         assert sum(runs) == total
 
 
@@ -68,6 +75,12 @@ def done(settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "deep" / "study"
     watch = Watch()
     reproduce(settings, out, progress=watch)
+    # Each step of a mask's training says how it stands.
+    for role in ("base", "tuned"):
+        assert all(
+            re.fullmatch(r"loss -?\d+\.\d\d, \d heads", note)
+            for note in watch.notes[f"{role}: DCM"]
+        )
     return out, watch.seen
 
 

@@ -517,6 +517,11 @@ def learn_masks(
     return LearnedMasks(tuple(runs))
 
 
+def training_steps(n_pairs: int, *, epochs: int = 2, batch_size: int = BATCH_SIZE) -> int:
+    """Steps of each training in `learn_masks` on draws of so many pairs, half of which train."""
+    return epochs * -(-(n_pairs // 2) // batch_size)
+
+
 class _Settings(NamedTuple):
     sparsity: float
     lr: float

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,13 +41,20 @@ not into arithmetic."""
 TRIES = 4
 """At most so many times the wanted prompts are tried for ones that are answered right."""
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+
+class Count(Protocol):
+    """Called with how many more runs are done and, where there is one, a note on how they went."""
+
+    def __call__(self, runs: int, note: str = "", /) -> object: ...
+
+
+Progress = Callable[[str, int], AbstractContextManager[Count]]
 """Called with what is done and how many runs it takes; gives what to call with those done."""
 
 
-def silent(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+def silent(what: str, total: int) -> AbstractContextManager[Count]:
     """No progress shown."""
-    return nullcontext(lambda runs: None)
+    return nullcontext(lambda runs, note="": None)
 
 
 def own_tokenizer(model: HookedTransformer) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head
 from tl_entity.methods.activation_patching import CarriedInformation, carries
-from tl_entity.methods.dcm import MaskRun, learn_masks
+from tl_entity.methods.dcm import MaskRun, MaskStep, learn_masks, training_steps
 from tl_entity.study.experiments import Bench, accuracy_record, groups_record, heads_record
 from tl_entity.study.store import Outcome, Record
 from tl_entity.tasks.batches import PairBatch
@@ -56,7 +56,12 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
 
     def compute() -> Outcome:
         found = []
-        with bench.progress(f"{bench.role}: DCM", len(kinds) * len(groups)) as done:
+        n_steps = len(kinds) * len(groups) * training_steps(s.mask_pairs, batch_size=MASK_BATCH)
+        with bench.progress(f"{bench.role}: DCM", n_steps) as done:
+
+            def count(step: MaskStep) -> None:
+                done(1, f"loss {step.loss:.2f}, {step.n_selected} heads")
+
             for kind in kinds:
                 for group in groups:
                     (run,) = learn_masks(
@@ -68,9 +73,9 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
                         sparsities=[SPARSITY],
                         engine=s.engine,
                         batch_size=MASK_BATCH,
+                        progress=count,
                     ).runs
                     found.append({"group": group.name, "desideratum": kind, **_mask_record(run)})
-                    done(1)
         return {"masks": found, "left_out": left_out}, {}
 
     return bench.step("dcm", asked, compute)[0]
