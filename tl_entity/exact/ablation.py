@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import (
     add_mlp,
@@ -43,7 +43,7 @@ class AblatedRun:
         resid_post: the final residual stream at the answer's token, in this run.
     """
 
-    model: HookedTransformer
+    model: Model
     prompts: PromptBatch
     values: Float[Tensor, "layer pos head d_head"]
     resid_pre: Float[Tensor, "layer batch pos d_model"]
@@ -54,7 +54,7 @@ class AblatedRun:
     @torch.no_grad()
     def record(
         cls,
-        model: HookedTransformer,
+        model: Model,
         prompts: PromptBatch,
         values: Float[Tensor, "layer pos head d_head"],
     ) -> "AblatedRun":
@@ -246,7 +246,7 @@ class _Tokens:
 
 
 def _written(
-    model: HookedTransformer, layer: int, z: Float[Tensor, "*rows head d_head"]
+    model: Model, layer: int, z: Float[Tensor, "*rows head d_head"]
 ) -> Float[Tensor, "*rows d_model"]:
     """The attention output of given head outputs."""
     every = list(range(model.cfg.n_heads))

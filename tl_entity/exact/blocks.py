@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity.errors import InputError
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
 
@@ -20,15 +21,19 @@ MLP_CHUNK_BYTES = 64 * 2**20
 """Rows go through an MLP in slices whose hidden activations take about this much memory."""
 
 
-def check_supported(model: HookedTransformer) -> None:
+def check_supported(model: Model) -> None:
     """Make sure that the exact engine computes what this model computes.
 
     Raises:
         InputError: saying what it cannot recompute exactly, and that the hooks engine can.
     """
+    if not isinstance(model, HookedTransformer):
+        raise InputError(
+            "The exact engine recomputes a HookedTransformer's layers, and this is a "
+            'TransformerBridge. Use engine="hooks", or load it with backend="hooked".'
+        )
     cfg = model.cfg
     obstacles = {
-        "it is not a HookedTransformer": not isinstance(model, HookedTransformer),
         "its positions are not rotary": cfg.positional_embedding_type != "rotary",
         "attention and MLP run in parallel": bool(cfg.parallel_attn_mlp),
         "it has no MLPs": bool(cfg.attn_only),
@@ -70,7 +75,7 @@ def row_slices(n_rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
 
 
 def add_mlp(
-    model: HookedTransformer, layer: int, resid: Float[Tensor, "*rows d_model"]
+    model: Model, layer: int, resid: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows d_model"]:
     """`resid_post` of `resid_mid` rows. Where no gradient is wanted, the rows are changed in place
     if their memory allows it."""
@@ -87,7 +92,7 @@ def add_mlp(
 
 
 def unembed(
-    model: HookedTransformer,
+    model: Model,
     resid: Float[Tensor, "*rows d_model"],
     tokens: Int[Tensor, "*rows wanted"] | None = None,
 ) -> Float[Tensor, "*rows logits"]:
@@ -103,7 +108,7 @@ def unembed(
 
 
 def head_outputs(
-    model: HookedTransformer, layer: int, z: Float[Tensor, "*rows heads d_head"], heads: list[int]
+    model: Model, layer: int, z: Float[Tensor, "*rows heads d_head"], heads: list[int]
 ) -> Float[Tensor, "*rows d_model"]:
     """What some heads together write to the residual stream, without the output bias."""
     w_o = model.blocks[layer].attn.W_O
@@ -113,7 +118,7 @@ def head_outputs(
 
 
 def project(
-    model: HookedTransformer,
+    model: Model,
     layer: int,
     which: HeadInput,
     normalized: Float[Tensor, "*rows d_model"],
@@ -137,7 +142,7 @@ def project(
 
 
 def rotate(
-    model: HookedTransformer,
+    model: Model,
     layer: int,
     vectors: Float[Tensor, "*rows pos head d_head"],
     positions: Int[Tensor, "*rows pos"],

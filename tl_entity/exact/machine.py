@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import add_mlp
 from tl_entity.exact.counts import Piece, Product, Tally
@@ -174,7 +175,7 @@ def _time_calls(device: torch.device, dtype: torch.dtype) -> dict[Piece, float]:
     index = torch.zeros(1, dtype=torch.long, device=device)
     prompts = PromptBatch(index[:, None].expand(-1, 2), index, {ANSWER_POSITION: index + 1})
 
-    def run(model: HookedTransformer) -> Callable[[], object]:
+    def run(model: Model) -> Callable[[], object]:
         points = {
             hook_point(name, layer): ANSWER_POSITION
             for layer in range(model.cfg.n_layers)
@@ -204,7 +205,7 @@ def _time_calls(device: torch.device, dtype: torch.dtype) -> dict[Piece, float]:
     }
 
 
-def _tiny_model(n_layers: int, device: torch.device, dtype: torch.dtype) -> HookedTransformer:
+def _tiny_model(n_layers: int, device: torch.device, dtype: torch.dtype) -> Model:
     cfg = HookedTransformerConfig(
         n_layers=n_layers,
         d_model=8,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import (
     add_mlp,
@@ -49,7 +49,7 @@ LOGITS_CHUNK_BYTES = 64 * 2**20
 @checked
 @torch.no_grad()
 def patched_values(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     *,
     position: str,
@@ -140,7 +140,7 @@ class _Runs:
     @classmethod
     def record(
         cls,
-        model: HookedTransformer,
+        model: Model,
         pairs: PairBatch,
         position: str,
         senders: Senders,
@@ -197,7 +197,7 @@ class _Runs:
         return self.deltas[0].shape[1] if self.senders == "heads" else 1
 
 
-def _through_mlps(model: HookedTransformer, runs: _Runs) -> Float[Tensor, "senders batch"]:
+def _through_mlps(model: Model, runs: _Runs) -> Float[Tensor, "senders batch"]:
     """The metric when the senders' changes reach the logits."""
     *_, (_, rows) = _held_pass(model, runs)
     patched = _score(model, rows, runs.pairs, runs.metric)
@@ -206,7 +206,7 @@ def _through_mlps(model: HookedTransformer, runs: _Runs) -> Float[Tensor, "sende
 
 
 def _held_pass(
-    model: HookedTransformer, runs: _Runs
+    model: Model, runs: _Runs
 ) -> Iterator[tuple[int, Float[Tensor, "senders batch d_model"]]]:
     """For each layer up to `top`, `resid_pre` at the senders' token, for all senders below it.
 
@@ -233,7 +233,7 @@ def _held_pass(
 
 
 def _through_receivers(
-    model: HookedTransformer,
+    model: Model,
     runs: _Runs,
     receivers: dict[int, list[int]],
     receiver_input: HeadInput,
@@ -272,7 +272,7 @@ class _Suffix:
         inputs: for each receiver layer what its receivers get from each sender below.
     """
 
-    model: HookedTransformer
+    model: Model
     runs: _Runs
     window: Window
     receivers: dict[int, list[int]]
@@ -362,7 +362,7 @@ class _Suffix:
 
 
 def _score(
-    model: HookedTransformer,
+    model: Model,
     resid: Float[Tensor, "senders batch d_model"],
     pairs: PairBatch,
     metric: Metric,
@@ -379,7 +379,7 @@ def _score(
     return torch.cat(values)
 
 
-def _pairs_within(model: HookedTransformer, pairs: PairBatch, memory: int) -> int:
+def _pairs_within(model: Model, pairs: PairBatch, memory: int) -> int:
     """How many pairs' caches and held rows take at most half the memory.
 
     No more than make the matrix products large: beyond that, only progress would be seen later.

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import add_mlp, check_supported, head_outputs, row_slices, unembed
@@ -59,7 +59,7 @@ class CleanRun:
         final: the final residual stream at the answer's token.
     """
 
-    model: HookedTransformer
+    model: Model
     prompts: PromptBatch
     first_layer: int
     start: Int[Tensor, " batch"]
@@ -70,7 +70,7 @@ class CleanRun:
     @classmethod
     def record(
         cls,
-        model: HookedTransformer,
+        model: Model,
         prompts: PromptBatch,
         *,
         first_layer: int,
@@ -271,7 +271,7 @@ class CleanRun:
 
 @checked
 def edited_resid_each(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     choices: Sequence[HeadsAt],
     edits: Sequence[Sequence[tuple[str, HookFunction]]],

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity.exact.blocks import attend, head_outputs, project, rotate
 from tl_entity.hooks.points import HeadInput, kv_head
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
@@ -73,7 +73,7 @@ class Window:
         """What whole prompts' activations are in the window."""
         return activation[self.members[:, None], self.tokens]
 
-    def bytes_per_variant(self, model: HookedTransformer) -> int:
+    def bytes_per_variant(self, model: Model) -> int:
         """About how much memory one variant of all members takes while it is recomputed."""
         cfg = model.cfg
         members, length = self.tokens.shape
@@ -84,7 +84,7 @@ class Window:
 
     def attend(
         self,
-        model: HookedTransformer,
+        model: Model,
         layer: int,
         q: Float[Tensor, "#variant member query head d_head"],
         k: Float[Tensor, "#variant member window kv_head d_head"],
@@ -122,7 +122,7 @@ class Window:
 
     def attention_output(
         self,
-        model: HookedTransformer,
+        model: Model,
         layer: int,
         resid_pre: Float[Tensor, "variant member window d_model"],
         clean: KeysAndValues,

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
@@ -40,7 +41,7 @@ INPUT_POINTS = {"q": "q", "k": "rot_k", "v": "v"}
 
 
 @checked
-def check_same_architecture(one: HookedTransformer, other: HookedTransformer) -> None:
+def check_same_architecture(one: Model, other: Model) -> None:
     """Make sure that activations of one model have their place in the other.
 
     Sizes, kinds of layers and rotary embedding must be the same, and the tokenizers, where both
@@ -94,8 +95,8 @@ def check_same_architecture(one: HookedTransformer, other: HookedTransformer) ->
 @checked
 @torch.no_grad()
 def patch_from_model(
-    source: HookedTransformer,
-    into: HookedTransformer,
+    source: Model,
+    into: Model,
     prompts: PromptBatch,
     heads: Circuit | HeadsAt,
     *,
@@ -209,8 +210,8 @@ class ReplaceValues:
 
 @checked
 def patch_inputs_from_model(
-    source: HookedTransformer,
-    into: HookedTransformer,
+    source: Model,
+    into: Model,
     prompts: PromptBatch,
     heads: Circuit | HeadsAt,
     *,
@@ -261,7 +262,7 @@ def input_points(heads: Sequence[Head], inputs: str) -> dict[str, str | None]:
 @checked
 def input_hooks(
     cache: Cache,
-    into: HookedTransformer,
+    into: Model,
     prompts: PromptBatch,
     heads: Circuit | HeadsAt,
     *,
@@ -308,7 +309,7 @@ def input_hooks(
 
 @checked
 def keys_as_seen(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     layer: int,
     keys: Float[Tensor, "batch pos heads d_head"],
@@ -354,9 +355,12 @@ def _check_inputs(inputs: str) -> None:
         raise InputError(f"{inputs!r} is not made of different letters of q, k and v.")
 
 
-def _check_plain_attention(model: HookedTransformer) -> None:
+def _check_plain_attention(model: Model) -> None:
     cfg = model.cfg
     obstacles: Mapping[str, bool] = {
+        'it is a TransformerBridge, which keeps no rotary table; load it with backend="hooked"': (
+            not isinstance(model, HookedTransformer)
+        ),
         "its positions are not rotary": cfg.positional_embedding_type != "rotary",
         "it normalises queries and keys": bool(cfg.use_qk_norm)
         or cfg.original_architecture
@@ -372,7 +376,7 @@ def _check_plain_attention(model: HookedTransformer) -> None:
 
 
 def _of_heads(
-    cache: Cache, name: str, layer: int, heads: Sequence[int], model: HookedTransformer
+    cache: Cache, name: str, layer: int, heads: Sequence[int], model: Model
 ) -> Float[Tensor, "batch pos heads d_head"]:
     full_name = hook_point(name, layer)
     if full_name not in cache:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.heads import Head
 from tl_entity.hooks.edits import Hook, ReplaceHeads, ReplaceToken, freeze_heads, patch_heads
@@ -24,7 +24,7 @@ Senders = Literal["heads", "mlps"]
 @checked
 @torch.no_grad()
 def patched_values(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     *,
     position: str,
@@ -107,7 +107,7 @@ def _mlp_hook(corrupt: dict[str, Tensor], layer: int, position: str, pairs: Pair
 
 
 def _receiver_hooks(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     hooks: list[Hook],
     position: str,

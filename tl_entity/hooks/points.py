@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Head
@@ -71,7 +72,7 @@ def kv_head(cfg: Any, head: int) -> int:
 
 
 @checked
-def check_heads(model: HookedTransformer, heads: Sequence[Head]) -> None:
+def check_heads(model: Model, heads: Sequence[Head]) -> None:
     """Make sure that the model has these heads.
 
     Raises:
@@ -86,14 +87,27 @@ def check_heads(model: HookedTransformer, heads: Sequence[Head]) -> None:
 
 
 @contextmanager
-def separate_kv_heads(model: HookedTransformer) -> Iterator[None]:
+def separate_kv_heads(model: Model) -> Iterator[None]:
     """Within this context `hook_k` and `hook_v` have one entry for every query head.
 
     Under grouped-query attention several query heads share a key and a value vector; edited here,
     the vector of one query head changes alone and its siblings keep theirs.
+
+    Raises:
+        InputError: if they are shared in a TransformerBridge, whose hooks come before the sharing.
     """
+    shared = n_kv_heads(model.cfg) != model.cfg.n_heads
+    if not isinstance(model, HookedTransformer):
+        if shared:
+            raise InputError(
+                f"In this TransformerBridge {model.cfg.n_heads} query heads share "
+                f"{n_kv_heads(model.cfg)} keys and values, which its hooks can't edit for one "
+                'head alone. Load the model with backend="hooked".'
+            )
+        yield
+        return
     before = model.cfg.ungroup_grouped_query_attention
-    model.cfg.ungroup_grouped_query_attention = n_kv_heads(model.cfg) != model.cfg.n_heads
+    model.cfg.ungroup_grouped_query_attention = shared
     try:
         yield
     finally:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.points import FINAL_NORMALIZED
@@ -24,7 +24,7 @@ activation."""
 
 @contextmanager
 def must_fire(
-    model: HookedTransformer, hooks: Iterable[tuple[str, HookFunction]]
+    model: Model, hooks: Iterable[tuple[str, HookFunction]]
 ) -> Iterator[list[tuple[str, HookFunction]]]:
     """The same hooks, watched: it is an error if one is at no hook point of the model, or the
     context ends without it having been called.
@@ -59,7 +59,7 @@ def must_fire(
 
 @checked
 def answer_logits(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     hooks: Sequence[tuple[str, HookFunction]] = (),
 ) -> Float[Tensor, "batch d_vocab"]:
@@ -82,7 +82,7 @@ def answer_logits(
 
 @checked
 def record(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     points: Mapping[str, str | None],
     *,
@@ -123,13 +123,13 @@ def record(
 
 
 @checked
-def embed(model: HookedTransformer, prompts: PromptBatch) -> Float[Tensor, "batch pos d_model"]:
+def embed(model: Model, prompts: PromptBatch) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream ahead of the first block."""
     return _forward(model, prompts, [], stop_at_layer=0)
 
 
 def _forward(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     hooks: list[tuple[str, HookFunction]],
     stop_at_layer: int | None = None,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import unembed
@@ -38,7 +38,7 @@ UNPATCHED = "unpatched"
 
 @checked
 def activation_patch(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     heads: Circuit | HeadsAt,
     *,
@@ -69,7 +69,7 @@ def activation_patch(
 @checked
 @torch.no_grad()
 def activation_patch_each(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     choices: Sequence[Circuit | HeadsAt],
     *,
@@ -219,7 +219,7 @@ class CarriedInformation:
 
 @checked
 def carries(
-    model: HookedTransformer,
+    model: Model,
     draws: Mapping[str, Callable[[int], PairBatch]],
     circuit: Circuit | Mapping[str, Circuit],
     *,
@@ -275,7 +275,7 @@ def carries(
 
 
 def _patched_logits(
-    model: HookedTransformer, pairs: PairBatch, choices: Sequence[HeadsAt], engine: Engine
+    model: Model, pairs: PairBatch, choices: Sequence[HeadsAt], engine: Engine
 ) -> Sequence[Float[Tensor, "batch d_vocab"]]:
     """Answer logits with each choice of heads patched by itself."""
     layers = sorted({head.layer for heads in choices for at in heads.values() for head in at})

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.heads import Head
 from tl_entity.hooks.points import check_heads, hook_point
@@ -82,7 +82,7 @@ class AttentionSummary(Result):
 @checked
 @torch.no_grad()
 def summarize_attention(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     heads: Sequence[Head],
     *,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.ablation import AblatedRun
@@ -166,7 +166,7 @@ class Faithfulness(Result):
 @checked
 @torch.no_grad()
 def mean_head_outputs(
-    model: HookedTransformer,
+    model: Model,
     tokens: PromptBatch | Int[Tensor, "batch pos"],
     *,
     batch_size: int = BATCH_SIZE,
@@ -209,7 +209,7 @@ def mean_head_outputs(
 @checked
 @torch.no_grad()
 def evaluate(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     *,
     keep: Circuit | HeadsAt | None = None,
@@ -273,7 +273,7 @@ def evaluate(
 @checked
 @torch.no_grad()
 def evaluate_circuits(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     circuits: Sequence[Circuit | HeadsAt],
     *,
@@ -319,7 +319,7 @@ def evaluate_circuits(
 @checked
 @torch.no_grad()
 def evaluate_removals(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     removed: Sequence[Circuit | HeadsAt],
     *,
@@ -405,7 +405,7 @@ def judge(logits: Float[Tensor, "batch d_vocab"], prompts: PromptBatch) -> Evalu
 
 
 def _check_evaluation(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     edited_heads: Sequence[Circuit | HeadsAt],
     mean_outputs: Tensor | None,
@@ -434,9 +434,7 @@ def _check_evaluation(
 
 
 @checked
-def random_circuits(
-    model: HookedTransformer, circuit: Circuit, n_circuits: int, *, seed: int
-) -> list[Circuit]:
+def random_circuits(model: Model, circuit: Circuit, n_circuits: int, *, seed: int) -> list[Circuit]:
     """Circuits of the same group sizes and positions, of heads drawn at random from the model.
 
     Heads are drawn without replacement: within a circuit, no head comes twice at one position.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import unembed
@@ -45,8 +45,8 @@ Edits = list[tuple[str, HookFunction]]
 
 @checked
 def cmap(
-    base: HookedTransformer,
-    tuned: HookedTransformer,
+    base: Model,
+    tuned: Model,
     prompts: PromptBatch,
     heads: Circuit | HeadsAt,
     *,
@@ -86,8 +86,8 @@ def cmap(
 @checked
 @torch.no_grad()
 def cmap_each(
-    base: HookedTransformer,
-    tuned: HookedTransformer,
+    base: Model,
+    tuned: Model,
     prompts: PromptBatch,
     choices: Sequence[tuple[Circuit | HeadsAt, str]],
     *,
@@ -240,8 +240,8 @@ class CrossModelPatching:
 
 @checked
 def cmap_by_group(
-    base: HookedTransformer,
-    tuned: HookedTransformer,
+    base: Model,
+    tuned: Model,
     prompts: PromptBatch,
     circuit: Circuit,
     *,
@@ -344,7 +344,7 @@ def _points(heads: Sequence[Head], patch: str) -> dict[str, str | None]:
 
 def _edits(
     cache: Mapping[str, Tensor],
-    base: HookedTransformer,
+    base: Model,
     prompts: PromptBatch,
     heads: HeadsAt,
     patch: str,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head, without
@@ -126,7 +126,7 @@ class Completeness:
 
 @checked
 def completeness(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     circuit: Circuit,
     *,

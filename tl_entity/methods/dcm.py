@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import memory_budget
@@ -196,7 +196,7 @@ class MaskedForward(nn.Module):
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: Model,
         candidates: Sequence[Head],
         *,
         position: str,
@@ -222,7 +222,7 @@ class MaskedForward(nn.Module):
         self.mask = nn.Parameter(torch.ones(len(candidates), dtype=dtype, device=model.cfg.device))
 
     @property
-    def model(self) -> HookedTransformer:
+    def model(self) -> Model:
         """The model that is run."""
         return self._model[0]
 
@@ -318,7 +318,7 @@ class MaskedForward(nn.Module):
 
 @checked
 def learn_mask(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     candidates: Sequence[Head],
     *,
@@ -451,7 +451,7 @@ class LearnedMasks:
 
 @checked
 def learn_masks(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch | Callable[[int], PairBatch],
     candidates: Sequence[Head],
     *,
@@ -685,7 +685,7 @@ def _bytes_of(held: Any) -> int:
 
 
 @contextmanager
-def _frozen(model: HookedTransformer) -> Iterator[None]:
+def _frozen(model: Model) -> Iterator[None]:
     """Within this context no weight of the model takes a gradient."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trainable:

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from transformer_lens import HookedTransformer
-
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head
@@ -150,7 +149,7 @@ class Discovery(Result):
 
 @checked
 def discover_circuit(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     *,
     sizes: Mapping[str, int],
@@ -224,9 +223,7 @@ def choose_heads(
 
 
 @checked
-def check_sizes(
-    model: HookedTransformer, stages: Sequence[Stage], sizes: Mapping[str, int]
-) -> None:
+def check_sizes(model: Model, stages: Sequence[Stage], sizes: Mapping[str, int]) -> None:
     """Make sure that every group has a size the model can fill.
 
     Raises:

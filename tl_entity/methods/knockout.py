@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import unembed
@@ -110,7 +110,7 @@ class KnockoutCurve:
 
 @checked
 def knock_out_attention(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     *,
     from_position: str,
@@ -138,7 +138,7 @@ def knock_out_attention(
 @checked
 @torch.no_grad()
 def knockout_curve(
-    model: HookedTransformer,
+    model: Model,
     prompts: PromptBatch,
     *,
     from_position: str,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact import path_patching as exact_engine
@@ -255,7 +255,7 @@ class MLPScores(Result):
 
 @checked
 def path_patch(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     *,
     position: str = "last",
@@ -327,7 +327,7 @@ def path_patch(
 
 @checked
 def path_patch_mlps(
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     *,
     position: str = "last",
@@ -379,7 +379,7 @@ def _path(scores: HeadScores | MLPScores) -> str:
 
 def _run(
     senders: Senders,
-    model: HookedTransformer,
+    model: Model,
     pairs: PairBatch,
     position: str,
     receivers: Sequence[Head] | None,
