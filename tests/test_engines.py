@@ -228,14 +228,25 @@ def with_foils(pairs: PairBatch) -> PairBatch:
     return PairBatch(pairs.clean, pairs.corrupt, pairs.targets, foils=(pairs.targets + 3) % 20)
 
 
-def own_metric(logits: torch.Tensor, pairs: PairBatch) -> torch.Tensor:
-    return logits.max(-1).values
+def target_and_foil(pairs: PairBatch) -> torch.Tensor:
+    assert pairs.foils is not None
+    return torch.stack([pairs.targets, pairs.foils], -1)
+
+
+LARGEST_LOGIT = Metric("largest logit", lambda logits, pairs: logits.max(-1).values)
+LOG_ODDS = Metric(
+    "log odds",
+    lambda found, pairs: found[..., 0] - (-found[..., 1].exp()).log1p(),
+    tokens=target_and_foil,
+    log_probabilities=True,
+)
+"""Of the target's probability against everything but the foil: needs both normalised."""
 
 
 @pytest.mark.parametrize("receiver_input", [None, "q", "v"])
 @pytest.mark.parametrize(
     "metric",
-    [LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT, Metric("largest logit", own_metric)],
+    [LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT, LARGEST_LOGIT, LOG_ODDS],
     ids=lambda metric: metric.name,
 )
 def test_engines_agree_on_every_metric(metric: Metric, receiver_input: str | None) -> None:

@@ -54,18 +54,30 @@ class Metric:
             `[*senders batch]`.
         change: from the values of patched runs and of the clean run to scores; below zero where
             the edit hurts.
-        tokens: the tokens whose logits `value` needs for each pair, `[batch wanted]`; without it,
-            `value` gets the logits of the whole vocabulary, which cost far more.
+        tokens: the tokens whose logits `value` needs for each pair, `[batch wanted]`, which it then
+            gets in this order; without it, `value` gets the logits of the whole vocabulary, which
+            cost far more.
+        log_probabilities: `value` gets natural log probabilities of its tokens instead of logits.
+            The whole vocabulary is computed then, but never held.
     """
 
     name: str
     value: Callable[[Tensor, PairBatch], Tensor]
     change: Callable[[Tensor, Tensor], Tensor] = difference
     tokens: Callable[[PairBatch], Tensor] | None = None
+    log_probabilities: bool = False
 
-
-def _target_log_probability(logits: Tensor, pairs: PairBatch) -> Tensor:
-    return log_probability(logits, pairs.targets)
+    def of_logits(
+        self, logits: Float[Tensor, "*senders batch d_vocab"], pairs: PairBatch
+    ) -> Float[Tensor, "*senders batch"]:
+        """The value of runs whose logits are known for the whole vocabulary."""
+        if self.tokens is None:
+            return self.value(logits, pairs)
+        wanted = self.tokens(pairs).to(logits.device)
+        if self.log_probabilities:
+            each = [log_probability(logits, tokens) for tokens in wanted.unbind(-1)]
+            return self.value(torch.stack(each, -1), pairs)
+        return self.value(logits.gather(-1, wanted.expand(*logits.shape[:-1], -1)), pairs)
 
 
 def _target_and_foil(pairs: PairBatch) -> Tensor:
@@ -86,20 +98,24 @@ def _target_only(pairs: PairBatch) -> Tensor:
     return pairs.targets[:, None]
 
 
-def _target_logit(logits: Tensor, pairs: PairBatch) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))[..., 0]
+def _first(of_tokens: Tensor, pairs: PairBatch) -> Tensor:
+    return of_tokens.to(torch.promote_types(of_tokens.dtype, torch.float32))[..., 0]
 
 
 RELATIVE_PROBABILITY = Metric(
-    "relative probability", _target_log_probability, relative_probability_change
+    "relative probability",
+    _first,
+    relative_probability_change,
+    tokens=_target_only,
+    log_probabilities=True,
 )
 """(P_patched - P_clean) / P_clean of the target (paper, §3.1)."""
 
-LOG_PROBABILITY = Metric("log probability", _target_log_probability)
+LOG_PROBABILITY = Metric("log probability", _first, tokens=_target_only, log_probabilities=True)
 """Change of the target's log probability, natural logarithm."""
 
 LOGIT_DIFFERENCE = Metric("logit difference", _target_minus_foil, tokens=_target_and_foil)
 """Change of the target's logit minus its foil's. Two logits a run, not a vocabulary of them."""
 
-TARGET_LOGIT = Metric("target logit", _target_logit, tokens=_target_only)
+TARGET_LOGIT = Metric("target logit", _first, tokens=_target_only)
 """Change of the target's logit."""

@@ -6,6 +6,7 @@ attention is what the exact engine avoids.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,11 @@ from transformer_lens import HookedTransformer
 
 from tl_entity._model import Model
 from tl_entity.errors import InputError
+from tl_entity.exact.memory import block_bytes
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
 
-MLP_CHUNK_BYTES = 64 * 2**20
-"""Rows go through an MLP in slices whose hidden activations take about this much memory."""
+ROWS_TOGETHER = 512
+"""Fewer rows than these at a time would leave a matrix product slow."""
 
 
 def check_supported(model: Model) -> None:
@@ -74,6 +76,12 @@ def row_slices(n_rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
+def mlp_rows_together(cfg: Any) -> int:
+    """Rows that go through an MLP at a time: hidden activations that fit the processor's cache."""
+    hidden = 4 * (cfg.d_mlp or 4 * cfg.d_model) * (torch.finfo(cfg.dtype).bits // 8)
+    return max(ROWS_TOGETHER, block_bytes(cfg.device) // hidden)
+
+
 def add_mlp(
     model: Model, layer: int, resid: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows d_model"]:
@@ -84,8 +92,7 @@ def add_mlp(
         return resid + block.mlp(block.ln2(resid.flatten(0, -2)[None])).view(resid.shape)
     resid = resid.contiguous()
     flat = resid.view(-1, resid.shape[-1])
-    d_mlp = model.cfg.d_mlp or 4 * model.cfg.d_model
-    for rows in row_slices(len(flat), 4 * d_mlp * flat.element_size(), MLP_CHUNK_BYTES):
+    for rows in row_slices(len(flat), 1, mlp_rows_together(model.cfg)):
         mid = flat[rows]
         mid += block.mlp(block.ln2(mid[None]))[0]
     return resid
@@ -105,6 +112,31 @@ def unembed(
     columns = w_u.T[wanted]  # [rows wanted d_model]
     logits = (columns @ normalized[0, :, :, None]).squeeze(-1) + b_u[wanted]
     return logits.unflatten(0, resid.shape[:-1])
+
+
+@torch.no_grad()
+def log_normalizer(model: Model, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+    """Natural logarithm of the sum of exponentiated logits over the vocabulary, from the final
+    residual stream, in float32 at least.
+
+    The vocabulary is taken a block at a time, so that its logits never leave the processor's cache.
+    Nothing is recorded for gradients.
+    """
+    normalized = model.ln_final(resid.flatten(0, -2)[None])[0]
+    wide = torch.promote_types(normalized.dtype, torch.float32)
+    by_token, bias = model.unembed.W_U.T, model.unembed.b_U
+    n_rows = 2 * ROWS_TOGETHER
+    block = max(1, block_bytes(model.cfg.device) // (n_rows * (torch.finfo(wide).bits // 8)))
+    found = []
+    for rows in row_slices(len(normalized), 1, n_rows):
+        some = normalized[rows]
+        parts = []
+        for tokens in row_slices(len(by_token), 1, block):
+            logits = F.linear(some, by_token[tokens], bias[tokens]).to(wide)
+            largest = logits.amax(-1, keepdim=True)
+            parts.append(logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0])
+        found.append(torch.stack(parts).logsumexp(0))
+    return torch.cat(found).unflatten(0, resid.shape[:-1])
 
 
 def head_outputs(

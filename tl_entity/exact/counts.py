@@ -17,12 +17,14 @@ from transformer_lens import HookedTransformerConfig
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.blocks import MLP_CHUNK_BYTES, row_slices
+from tl_entity.exact.blocks import mlp_rows_together, row_slices
+from tl_entity.exact.memory import block_bytes
 from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, _pairs_within
 from tl_entity.exact.window import Window
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
+from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
 
 BATCH_SIZE = 32
@@ -159,7 +161,7 @@ class _Shapes:
         self.product(rows, cfg.d_model, self.d_mlp)
         self.product(rows, self.d_mlp, cfg.d_model)
         self.move(rows * (11 * cfg.d_model + 9 * self.d_mlp))
-        slices = math.ceil(rows / max(1, MLP_CHUNK_BYTES // (4 * self.d_mlp * self.itemsize)))
+        slices = math.ceil(rows / mlp_rows_together(cfg))
         self.call("mlp", 1 if self.passes == 2 else slices)
 
     def project(self, which: HeadInput, rows: int, heads: int) -> None:
@@ -210,6 +212,17 @@ class _Shapes:
             self.product(wanted, cfg.d_model, 1, batch=rows, part=LOGITS)
             self.move(rows * wanted * 2 * cfg.d_model)
 
+    def score(self, rows: int, pairs: PairBatch, metric: Metric) -> None:
+        """A metric of so many runs of these pairs."""
+        if metric.tokens is None:
+            self.unembed(rows)
+            return
+        self.unembed(rows, metric.tokens(pairs).shape[1])
+        if metric.log_probabilities:
+            self.product(rows, self.cfg.d_model, self.cfg.d_vocab_out, part=LOGITS)
+            # A block's logits are read and written once while the cache holds them.
+            self.move(rows * self.cfg.d_vocab_out)
+
     def run_bytes(self, prompts: PromptBatch) -> int:
         """What a plain run takes at its largest, in a layer."""
         cfg = self.cfg
@@ -221,10 +234,12 @@ class _Shapes:
     def mlp_bytes(self, rows: int) -> int:
         """What the hidden activations of a slice of rows take."""
         each = (4 * self.d_mlp + 3 * self.cfg.d_model) * self.itemsize
-        return min(rows * each, MLP_CHUNK_BYTES * each // (4 * self.d_mlp * self.itemsize))
+        return min(rows, mlp_rows_together(self.cfg)) * each
 
-    def logits_bytes(self, rows: int) -> int:
+    def logits_bytes(self, rows: int, metric: Metric) -> int:
         """What the logits of a slice of rows take."""
+        if metric.tokens is not None:
+            return block_bytes(self.cfg.device) if metric.log_probabilities else 0
         return min(rows * 3 * self.cfg.d_vocab_out * self.itemsize, LOGITS_CHUNK_BYTES)
 
 
@@ -264,7 +279,7 @@ class PathPatching(Job):
         receivers: heads whose input is patched; None for the logits.
         receiver_input: q, k or v of these; None for the logits.
         senders: every head, or every layer's MLP.
-        wanted: logits that the metric needs for each pair; None for the whole vocabulary.
+        metric: how runs are scored.
         batch_size: pairs run together; what the engine would choose if left out.
     """
 
@@ -272,7 +287,7 @@ class PathPatching(Job):
     receivers: tuple[Head, ...] | None = None
     receiver_input: HeadInput | None = None
     senders: Senders = "heads"
-    wanted: int | None = None
+    metric: Metric = RELATIVE_PROBABILITY
     batch_size: int | None = None
 
     def count(self, cfg: HookedTransformerConfig, pairs: PairBatch, memory: int) -> Count:
@@ -293,7 +308,7 @@ class PathPatching(Job):
             for window in Window.each_length(some.clean, some.clean.position(self.position)):
                 key = (*window.tokens.shape, window.before.shape[1])
                 if key not in counted:
-                    counted[key] = self._suffix(cfg, window, by_layer, top, memory)
+                    counted[key] = self._suffix(cfg, some, window, by_layer, top, memory)
                 tally, needed = counted[key]
                 shapes.tally.add(tally)
                 chunk = max(chunk, needed)
@@ -311,7 +326,7 @@ class PathPatching(Job):
         shapes.whole_run(pairs.clean)
         if top:
             shapes.whole_run(pairs.corrupt, top)
-        shapes.unembed(batch, self.wanted)
+        shapes.score(batch, pairs, self.metric)
         needed = max(shapes.run_bytes(pairs.clean), shapes.run_bytes(pairs.corrupt))
         shapes.part = CHAIN
         for layer, heads in by_layer.items():
@@ -331,13 +346,14 @@ class PathPatching(Job):
         rows_bytes += inputs * cfg.d_head * shapes.itemsize
         needed = max(needed, rows_bytes + shapes.mlp_bytes(held))
         if self.receivers is None and top:
-            shapes.unembed(held, self.wanted)
-            needed = max(needed, rows_bytes + shapes.logits_bytes(held))
+            shapes.score(held, pairs, self.metric)
+            needed = max(needed, rows_bytes + shapes.logits_bytes(held, self.metric))
         return needed
 
     def _suffix(
         self,
         cfg: HookedTransformerConfig,
+        pairs: PairBatch,
         window: Window,
         by_layer: Mapping[int, list[int]],
         top: int,
@@ -362,7 +378,7 @@ class PathPatching(Job):
                 if now > begun:
                     self._first_changed(shapes, window, layer, now - begun, len(by_layer[layer]))
                 shapes.mlp(now * members * queries)
-            shapes.unembed(len(chosen) * members, self.wanted)
+            shapes.score(len(chosen) * members, pairs, self.metric)
             inputs = sum(map(len, by_layer.values())) * len(starts) * members * cfg.d_head
             needed = max(needed, each * len(chosen) + inputs * shapes.itemsize)
         return shapes.tally, needed

@@ -28,6 +28,13 @@ def memory_budget(device: str | torch.device | None) -> int:
     return min(2 * GIB, free // 4)
 
 
+@checked
+def block_bytes(device: str | torch.device | None) -> int:
+    """Bytes of intermediate results at which a chain of operations runs fastest on this device:
+    what a processor's cache holds, or what keeps all of a GPU busy."""
+    return 8 * 2**20 if torch.device(device or "cpu").type == "cpu" else 256 * 2**20
+
+
 class Rows(Protocol):
     """What can be taken a slice at a time: prompts, pairs."""
 

@@ -20,6 +20,7 @@ from tl_entity.exact.blocks import (
     add_mlp,
     check_supported,
     head_outputs,
+    log_normalizer,
     project,
     row_slices,
     unembed,
@@ -375,7 +376,11 @@ def _score(
     for some in row_slices(len(resid), 4 * widths * len(pairs), LOGITS_CHUNK_BYTES):
         rows = resid[some]
         wanted = None if tokens is None else tokens.expand(len(rows), -1, -1)
-        values.append(metric.value(unembed(model, rows, wanted), pairs))
+        logits = unembed(model, rows, wanted)
+        if tokens is not None and metric.log_probabilities:
+            normalizer = log_normalizer(model, rows)[..., None]
+            logits = logits.to(normalizer.dtype) - normalizer
+        values.append(metric.value(logits, pairs))
     return torch.cat(values)
 
 

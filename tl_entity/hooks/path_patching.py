@@ -59,10 +59,7 @@ def patched_values(
         corrupt = record(model, pairs.corrupt, {hook_point(name, layer): None for layer in layers})
 
         def scored(hooks: Sequence[Hook]) -> Tensor:
-            logits = answer_logits(model, pairs.clean, hooks)
-            if metric.tokens is not None:
-                logits = logits.gather(-1, metric.tokens(pairs).to(logits.device))
-            return metric.value(logits, pairs)
+            return metric.of_logits(answer_logits(model, pairs.clean, hooks), pairs)
 
         n_senders = model.cfg.n_heads if senders == "heads" else 1
         clean = scored([])
