@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from safetensors.torch import save_file
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from tests.methods.planted import COPY, NOTE, STAGES, planted_model, planted_pairs
 from tl_entity import (
@@ -25,13 +26,30 @@ from tl_entity import (
     HeadScores,
     InputError,
     MLPScores,
+    PairBatch,
+    carries,
+    cmap_by_group,
+    compare,
+    completeness,
     discover_circuit,
     evaluate,
+    knockout_curve,
+    learn_mask,
+    learn_masks,
+    mean_head_outputs,
+    minimality,
     path_patch,
     path_patch_mlps,
     summarize_attention,
 )
+from tl_entity.methods.activation_patching import CarriedInformation
 from tl_entity.methods.attention import AttentionSummary
+from tl_entity.methods.cmap import CrossModelPatching
+from tl_entity.methods.compare import Comparison
+from tl_entity.methods.completeness import Completeness
+from tl_entity.methods.dcm import HeadMask, LearnedMasks
+from tl_entity.methods.knockout import KnockoutCurve
+from tl_entity.methods.minimality import Minimality
 from tl_entity.results import FORMAT, HEADER, Result
 
 
@@ -142,10 +160,63 @@ def results() -> dict[str, Result]:
         "AttentionSummary": summarize_attention(
             model, pairs.clean, [COPY, Head(1, 0)], from_position="last"
         ),
+        **results_on_a_circuit(model, pairs, found),
     }
 
 
-CLASSES = (HeadScores, MLPScores, Discovery, Evaluation, Faithfulness, AttentionSummary)
+def results_on_a_circuit(model, pairs: PairBatch, found: Discovery) -> dict[str, Result]:
+    means = {"mean_outputs": mean_head_outputs(model, pairs.corrupt)}
+    other = disturbed_model()
+    again = discover_circuit(other, pairs, sizes={"copier": 1, "note_taker": 1}, stages=STAGES)
+    circuit, candidates = found.circuit, [Head(1, head) for head in range(4)]
+    dcm = {"position": "last", "batch_size": 4}
+    return {
+        "CarriedInformation": carries(
+            model, {"value": lambda seed: planted_pairs(8, seed)}, circuit, seeds=[0, 1]
+        ),
+        "CrossModelPatching": cmap_by_group(other, model, pairs.clean, circuit, seed=0),
+        "Comparison": compare(found, again, seed=0, draws=20),
+        "Completeness": completeness(
+            model, pairs.clean, circuit, **means, seed=0, n_random=2, random_size=1
+        ),
+        "Minimality": minimality(model, pairs.clean, circuit, **means, seed=0),
+        "KnockoutCurve": knockout_curve(
+            model,
+            pairs.clean,
+            from_position="last",
+            to_position="value",
+            random_draws=2,
+            seed=0,
+        ),
+        "HeadMask": learn_mask(model, pairs, candidates, **dcm, validation=planted_pairs(4, 1)),
+        "LearnedMasks": learn_masks(model, pairs, candidates, **dcm, seeds=[0, 1]),
+    }
+
+
+def disturbed_model() -> HookedTransformer:
+    """The planted model with noise on all its weights."""
+    other, generator = planted_model(), torch.Generator().manual_seed(0)
+    for parameter in other.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+CLASSES = (
+    HeadScores,
+    MLPScores,
+    Discovery,
+    Evaluation,
+    Faithfulness,
+    AttentionSummary,
+    CarriedInformation,
+    CrossModelPatching,
+    Comparison,
+    Completeness,
+    Minimality,
+    KnockoutCurve,
+    HeadMask,
+    LearnedMasks,
+)
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)

@@ -26,11 +26,13 @@ from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
+from tl_entity.results import Result
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 UNPATCHED = "unpatched"
 """Names the run with nothing patched: how often it gives the target by itself."""
@@ -167,7 +169,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class CarriedInformation:
+class CarriedInformation(Result):
     """What each group carries: one entry for each group and desideratum.
 
     Attributes:
@@ -177,7 +179,15 @@ class CarriedInformation:
     entries: tuple[Carried, ...]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.entries))
+        kinds = dict.fromkeys(entry.desideratum for entry in self.entries)
+        groups = dict.fromkeys(e.group for e in self.entries if e.group != UNPATCHED)
+        best = max(
+            (entry for entry in self.entries if entry.group in groups),
+            key=lambda entry: entry.accuracy,
+            default=None,
+        )
+        text = f"{len(groups)} groups, {len(kinds)} desiderata"
+        return text if best is None else f"{text}; highest: {best}"
 
     def __getitem__(self, key: tuple[str, str]) -> Carried:
         """The entry of a group and a desideratum.
@@ -215,6 +225,18 @@ class CarriedInformation:
                 for entry in self.entries
             ]
         )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """How often each group (rows) brings the target of each desideratum (columns)."""
+        from tl_entity.plots.heatmaps import share_heatmap
+
+        groups = list(dict.fromkeys(entry.group for entry in self.entries))
+        kinds = list(dict.fromkeys(entry.desideratum for entry in self.entries))
+        shares = np.full((len(groups), len(kinds)), np.nan)
+        for entry in self.entries:
+            shares[groups.index(entry.group), kinds.index(entry.desideratum)] = entry.accuracy
+        title = "Answers with the target, by group patched" if title is None else title
+        return share_heatmap(groups, kinds, shares, title=title, name="accuracy")
 
 
 @checked

@@ -25,11 +25,13 @@ from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import HookFunction, answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
 from tl_entity.methods.path_patching import Engine
+from tl_entity.results import Result
 from tl_entity.stats import Bootstrap, Interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 OUTPUT = "output"
 """Patches what heads put out; the other choices are letters of q, k and v."""
@@ -180,7 +182,7 @@ class Patched:
 
 
 @dataclass(frozen=True)
-class CrossModelPatching:
+class CrossModelPatching(Result):
     """Cross-model patching of every group and of the whole circuit.
 
     Attributes:
@@ -236,6 +238,25 @@ class CrossModelPatching:
                 }
             )
         return pd.DataFrame(rows)
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Accuracy with each group patched, one colour for each kind of patch, beside both models
+        alone."""
+        from tl_entity.plots.bars import Bar, grouped_bars
+
+        def bar(found: Evaluation) -> Bar:
+            return Bar(found.accuracy, *found.interval)
+
+        series = {"alone": {"base": bar(self.base), "tuned": bar(self.tuned)}}
+        for entry in self.entries:
+            series.setdefault(entry.patch, {})[entry.group] = bar(entry.evaluation)
+        title = (
+            "Heads patched from the tuned model into the base (CMAP)" if title is None else title
+        )
+        figure = grouped_bars(series, title=title)
+        groups = dict.fromkeys(entry.group for entry in self.entries)
+        order = ["base", *groups, "tuned"]
+        return figure.update_xaxes(categoryorder="array", categoryarray=order)
 
 
 @checked

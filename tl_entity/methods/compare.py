@@ -16,6 +16,7 @@ from tl_entity.heads import Group, Head
 from tl_entity.methods.circuits import Faithfulness
 from tl_entity.methods.discovery import Discovery
 from tl_entity.methods.path_patching import HeadScores
+from tl_entity.results import Result
 from tl_entity.stats import (
     Bootstrap,
     Chance,
@@ -27,6 +28,7 @@ from tl_entity.stats import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 WHOLE_CIRCUIT = "whole circuit"
 """Names the comparison of all groups together."""
@@ -145,7 +147,7 @@ class ComparedHead:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Two discoveries compared.
 
     Attributes:
@@ -207,6 +209,22 @@ class Comparison:
                 }
                 for overlap in (*self.groups, self.whole)
             ]
+        )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Jaccard index of each group's heads with its interval, beside the level of chance."""
+        from tl_entity.plots.bars import Bar, grouped_bars
+
+        overlaps = {overlap.name: overlap for overlap in (*self.groups, self.whole)}
+        found = {name: Bar(o.jaccard, *o.jaccard_interval) for name, o in overlaps.items()}
+        chance = {
+            name: Bar(o.chance_jaccard, o.chance_jaccard, o.chance_jaccard)
+            for name, o in overlaps.items()
+        }
+        return grouped_bars(
+            {"both circuits": found, "by chance": chance},
+            title=str(self.whole) if title is None else title,
+            axis="Jaccard index",
         )
 
     def heads_dataframe(self) -> "pd.DataFrame":

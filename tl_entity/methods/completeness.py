@@ -20,11 +20,13 @@ from tl_entity.methods.circuits import (
     evaluate_removals,
 )
 from tl_entity.methods.path_patching import Engine
+from tl_entity.results import Result
 from tl_entity.stats import Bootstrap, Interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 MOST_DRAWS = 100
 """Tries to find a random part that is not there yet, before one is taken twice."""
@@ -68,7 +70,7 @@ class Removal:
 
 
 @dataclass(frozen=True)
-class Completeness:
+class Completeness(Result):
     """How alike circuit and model are when heads are taken from both.
 
     Each removal is a point of a scatter plot, the model's accuracy against the circuit's; those of
@@ -121,6 +123,34 @@ class Completeness:
                 for kind, removals in kinds.items()
                 for removal in removals
             ]
+        )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Accuracy of the model against that of the circuit, a point for each removal; those of a
+        complete circuit lie on the dashed line."""
+        from tl_entity.plots.bars import Bar
+        from tl_entity.plots.curves import Point, accuracy_scatter
+
+        kinds = {
+            "nothing removed": (self.whole,),
+            "a group removed": self.groups,
+            "random heads of the circuit removed": self.random,
+        }
+        points = [
+            Point(
+                removal.name,
+                Bar(removal.of_model.accuracy, *removal.of_model.interval),
+                Bar(removal.of_circuit.accuracy, *removal.of_circuit.interval),
+                kind,
+            )
+            for kind, removals in kinds.items()
+            for removal in removals
+        ]
+        return accuracy_scatter(
+            points,
+            title="Circuit and model without the same heads K" if title is None else title,
+            x_axis="accuracy of the model without K",
+            y_axis="accuracy of the circuit without K",
         )
 
 

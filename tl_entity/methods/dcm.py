@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -27,11 +28,13 @@ from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
+from tl_entity.results import Result
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 SELECTED_BELOW = 0.5
 """A head is selected if its m is below this: rounded, it takes the counterfactual's value."""
@@ -57,7 +60,7 @@ class MaskStep(NamedTuple):
 
 @checked
 @dataclass(frozen=True)
-class HeadMask:
+class HeadMask(Result):
     """A trained mask, and how its training went.
 
     Attributes:
@@ -126,6 +129,23 @@ class HeadMask:
                 "value": self.values.tolist(),
                 "selected": (self.values < SELECTED_BELOW).tolist(),
             }
+        )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """m of every candidate after each step, from dark (taken from the counterfactual) to
+        light; selected heads by name in bold."""
+        from tl_entity.plots.heatmaps import share_heatmap
+
+        shares = 1 - self.trajectory.double().cpu().numpy()
+        chosen = set(self.selected)
+        names = [f"<b>{head}</b>" if head in chosen else str(head) for head in self.heads]
+        return share_heatmap(
+            names,
+            [str(step) for step in range(len(shares))],
+            shares.T,
+            title=str(self) if title is None else title,
+            name="1 - m",
+            joint="step ",
         )
 
     def history(self) -> "pd.DataFrame":
@@ -396,7 +416,7 @@ class MaskRun:
 
 
 @dataclass(frozen=True)
-class LearnedMasks:
+class LearnedMasks(Result):
     """The masks of several draws and several prices of a head.
 
     Attributes:
@@ -406,7 +426,10 @@ class LearnedMasks:
     runs: tuple[MaskRun, ...]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.runs))
+        if not self.runs:
+            return "no masks"
+        best = max(self.runs, key=lambda run: run.test.accuracy)
+        return f"{len(self.runs)} masks; highest test accuracy: {best}"
 
     def selection_share(self, sparsity: float) -> dict[Head, float]:
         """For each candidate, the share of the draws in which it is selected at this sparsity.
@@ -421,6 +444,24 @@ class LearnedMasks:
             head: sum(head in mask.selected for mask in masks) / len(masks)
             for head in masks[0].heads
         }
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Share of the draws in which each head is selected (columns), by sparsity (rows); heads
+        that never are are left out."""
+        from tl_entity.plots.heatmaps import share_heatmap
+
+        rows = list(dict.fromkeys(run.mask.sparsity for run in self.runs))
+        shares = [self.selection_share(sparsity) for sparsity in rows]
+        heads = sorted({head for share in shares for head, s in share.items() if s > 0})
+        return share_heatmap(
+            [f"{sparsity:g}" for sparsity in rows],
+            [str(head) for head in heads],
+            np.array([[share[head] for head in heads] for share in shares]).reshape(
+                len(rows), len(heads)
+            ),
+            title="Share of the draws that select a head" if title is None else title,
+            name="share",
+        ).update_yaxes(title_text="sparsity")
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a run."""

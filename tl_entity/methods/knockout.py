@@ -19,17 +19,19 @@ from tl_entity.hooks.edits import Hook, knock_out
 from tl_entity.hooks.run import answer_logits
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
 from tl_entity.methods.path_patching import Engine
+from tl_entity.results import Result
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 CONTROL = "random token"
 """Begins the names of the positions that the control knocks out."""
 
 
 @dataclass(frozen=True)
-class KnockoutCurve:
+class KnockoutCurve(Result):
     """How often the model answers right when one token no longer sees another, from some layer up.
 
     Attributes:
@@ -106,6 +108,26 @@ class KnockoutCurve:
                 }
             rows.append(row)
         return pd.DataFrame(rows).astype({"first_layer": "Int64"})
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Accuracy by first knocked-out layer; the control's mean, lowest and highest draw in the
+        background, the whole model as a dashed line."""
+        from tl_entity.plots.bars import Bar
+        from tl_entity.plots.curves import Curve, layer_curves
+
+        bars = [Bar(found.accuracy, *found.interval) for found in self.evaluations]
+        curves = [Curve(f"{self.from_position} to {self.to_position}", tuple(bars))]
+        if self.controls:
+            drawn = self.control_accuracy
+            control = tuple(Bar(layer.mean(), layer.min(), layer.max()) for layer in drawn.T)
+            name = f"{self.from_position} to random tokens"
+            curves.append(Curve(name, control, faint=True))
+        return layer_curves(
+            curves,
+            title="Attention knocked out from a layer up" if title is None else title,
+            whole=Bar(self.whole.accuracy, *self.whole.interval),
+            axis="first knocked-out layer",
+        )
 
 
 @checked

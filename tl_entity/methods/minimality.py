@@ -16,11 +16,13 @@ from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head, without
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_circuits
 from tl_entity.methods.path_patching import Engine
+from tl_entity.results import Result
 from tl_entity.stats import Bootstrap, Interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 THRESHOLD = 0.01
 """A head is kept from this score up (the paper's)."""
@@ -67,7 +69,7 @@ class HeadMinimality:
 
 
 @dataclass(frozen=True)
-class Minimality:
+class Minimality(Result):
     """Which heads a circuit needs.
 
     Attributes:
@@ -122,6 +124,18 @@ class Minimality:
                 for found in self.heads
             ]
         )
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """Accuracy of the circuit without K, and without K and each head; K is each head's own."""
+        from tl_entity.plots.bars import Bar, grouped_bars
+
+        series: dict[str, dict[str, Bar]] = {"without K": {}, "without K and the head": {}}
+        for found in self.heads:
+            name = f"{found.head} ({found.group}" + (")" if found.kept else ", dropped)")
+            pair = (found.without_removed, found.without_head)
+            for bars, evaluation in zip(series.values(), pair, strict=True):
+                bars[name] = Bar(evaluation.accuracy, *evaluation.interval)
+        return grouped_bars(series, title=str(self) if title is None else title)
 
 
 @checked
