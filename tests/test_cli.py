@@ -1,6 +1,7 @@
 """The command line: help without torch, and bad input as one sentence."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,31 @@ def test_a_run_says_what_it_found_and_where(capsys, model, tmp_path):
     assert "accuracy" in said.out and "faithfulness" in said.out
     assert "base: struct_reader" in said.err
     assert (out / "report.html").is_file()
+
+
+def test_quiet_verbose_and_json(capsys, model, tmp_path):
+    given = ["discover", "--base", str(model), "--tuned", "none", "--prompts", "4", "--boxes", "2"]
+    given += ["--all-pairs", "--no-png", "--out", str(tmp_path / "out")]
+    assert main([*given, "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "report:" in said.out
+    assert main([*given, "--verbose", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "tl-entity: base_accuracy: found finished" in said.err.splitlines()
+    results = json.loads(said.out)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    (tmp_path / "out" / "steps" / "base_accuracy.json").unlink()
+    assert main([*given, "--verbose"]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"^tl-entity: base_accuracy: \d+\.\d s$", said, re.MULTILINE)
+    assert main([*given, "--quiet", "--verbose"]) == 2
+
+
+def test_named_models_as_json(capsys):
+    assert main(["models", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert listed["default-base"]["parameters"] < 1e6
+    assert listed["goat-7b"]["adapter"]
 
 
 def test_help_has_examples_and_needs_no_torch():

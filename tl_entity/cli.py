@@ -217,6 +217,8 @@ def _add_study_options(command: "_OneLineParser") -> None:
     )
     add("--device", metavar="NAME", help="such as cpu or cuda (default: the best there is)")
     add("--no-png", action="store_true", help="draw no PNG figures, only the HTML ones")
+    add("--json", action="store_true", help="print all results as JSON, as results.json has them")
+    _add_loudness(command)
     add(
         "--out",
         type=Path,
@@ -225,6 +227,20 @@ def _add_study_options(command: "_OneLineParser") -> None:
         help="folder for the report and all else (default: results)",
     )
     command.set_defaults(run=_reproduce)
+
+
+def _add_loudness(command: "_OneLineParser") -> None:
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "-q", "--quiet", action="store_true", help="no progress bars and notes, only the results"
+    )
+    either.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="also say how long each step took or that it was found finished, and let libraries "
+        "warn",
+    )
 
 
 def _add_train(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
@@ -250,6 +266,7 @@ def _add_models(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
         "memory of its weights, licence and source. Any folder or hub id of a Llama, Mistral, "
         "Qwen2 or Qwen3 model does as well.",
     )
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_models)
 
 
@@ -317,14 +334,15 @@ def _add_plan(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    _quieten()
+    if not options.verbose:
+        _quieten()
     from tl_entity.exact.precision import float32_matmul_precision
     from tl_entity.ranks import is_first, process_group
     from tl_entity.study.experiments import silent
     from tl_entity.study.report import summary
     from tl_entity.study.reproduce import reproduce
     from tl_entity.study.settings import GROUPS, Settings
-    from tl_entity.study.store import REPORT
+    from tl_entity.study.store import REPORT, to_json
 
     settings = Settings(
         base=options.base,
@@ -348,14 +366,17 @@ def _reproduce(options: argparse.Namespace) -> None:
         png=not options.no_png,
     )
     with process_group(), float32_matmul_precision(options.matmul_precision):
-        quiet = not is_first()
+        quiet = options.quiet or not is_first()
         results = reproduce(
             settings,
             options.out,
             progress=silent if quiet else _bar,
-            say=(lambda message: None) if quiet else _note,
+            say=_unheard if quiet else _note,
+            log=_note if options.verbose and is_first() else _unheard,
         )
-        if not quiet:
+        if is_first() and options.json:
+            _say(to_json(results).rstrip())
+        elif is_first():
             for line in summary(results):
                 _say(line)
             _say(f"report: {options.out / REPORT}")
@@ -372,8 +393,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
-    from tl_entity.models.registry import listing
+    from tl_entity.models.registry import REGISTRY, listing
 
+    if options.json:
+        import dataclasses
+        import json
+
+        _say(json.dumps([dataclasses.asdict(model) for model in REGISTRY], indent=2))
+        return
     for line in listing():
         _say(line)
 
@@ -500,6 +527,10 @@ def _say(line: str) -> None:
 
 def _note(line: str) -> None:
     sys.stderr.write(f"{PROGRAM}: {line}\n")
+
+
+def _unheard(line: str) -> None:
+    pass
 
 
 def _complain(sentence: str, code: int) -> int:

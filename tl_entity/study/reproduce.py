@@ -84,6 +84,7 @@ def reproduce(
     *,
     progress: Progress = silent,
     say: Callable[[str], object] = lambda message: None,
+    log: Callable[[str], object] = lambda message: None,
 ) -> Record:
     """Run every experiment that is not done yet, and write results, figures and report.
 
@@ -96,6 +97,7 @@ def reproduce(
         out: folder for results.json, report.html, the circuits, figures and finished steps.
         progress: shows what goes on.
         say: told what else a person should know.
+        log: told of each step, how long it took or that it was found finished.
 
     Returns:
         What results.json holds.
@@ -110,7 +112,7 @@ def reproduce(
     facts = {role: inspect(settings, name) for role, name in settings.models.items()}
     head_counts = [fact.n_layers * fact.n_heads for fact in facts.values()]
     sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
-    store = Store(out)
+    store = Store(out, log)
     versions = _versions()
     code = _code_fingerprint()
     labels = _labels(settings.models)

@@ -64,13 +64,18 @@ def fingerprint(content: object) -> str:
 class Store:
     """Finished steps in a folder.
 
+    Args:
+        folder: the folder; made if it is not there.
+        log: told of each step, how long it took or that it was found finished.
+
     Raises:
         InputError: if the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, log: Callable[[str], object] = lambda message: None) -> None:
         check_writable(folder)
         self.folder = folder
+        self._log = log
         self._steps = folder / STEPS
         self._steps.mkdir(parents=True, exist_ok=True)
 
@@ -86,18 +91,21 @@ class Store:
         # Of several processes the first one reads and writes, so that all go the same way.
         found = from_first(lambda: self._find(name, key))
         if found is not None:
+            self._log(f"{name}: found finished")
             return found
         start = time.perf_counter()
         record, tensors = compute()
-        return from_first(lambda: self._keep(name, key, record, tensors, start))
+        seconds = time.perf_counter() - start
+        self._log(f"{name}: {seconds:.1f} s")
+        return from_first(lambda: self._keep(name, key, record, tensors, seconds))
 
     def _keep(
-        self, name: str, key: str, record: Record, tensors: dict[str, Tensor], start: float
+        self, name: str, key: str, record: Record, tensors: dict[str, Tensor], seconds: float
     ) -> Outcome:
         # What was made from the step's earlier outcome no longer holds.
         for derived in (RESULTS, REPORT):
             (self.folder / derived).unlink(missing_ok=True)
-        self._note_time(name, time.perf_counter() - start)
+        self._note_time(name, seconds)
         data = tensors_to_bytes({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
         content = {
             "key": key,
