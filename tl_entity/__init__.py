@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.activation_patching import activation_patch as activation_patch
     from tl_entity.methods.activation_patching import activation_patch_each as activation_patch_each
     from tl_entity.methods.activation_patching import carries as carries
+    from tl_entity.methods.attention import attention_over_prompt as attention_over_prompt
     from tl_entity.methods.attention import summarize_attention as summarize_attention
     from tl_entity.methods.circuits import Evaluation as Evaluation
     from tl_entity.methods.circuits import Faithfulness as Faithfulness
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "attention_over_prompt": "methods.attention",
     "activation_patch": "methods.activation_patching",
     "activation_patch_each": "methods.activation_patching",
     "box_prompts": "tasks.boxes",

@@ -1,6 +1,6 @@
-"""What heads attend to: the mean weight on each named position."""
+"""What heads attend to: over one prompt, and the mean weight on each named position."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
+from tl_entity.errors import InputError
 from tl_entity.heads import Head
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import record
@@ -134,4 +135,110 @@ def summarize_attention(
         weights=torch.stack(weights, 1),
         common_offset=common,
         offset_share=(offsets == common[:, None]).float().mean(1),
+    )
+
+
+@checked
+@dataclass(frozen=True)
+class AttentionOverPrompt(Result):
+    """Where some heads look, from every token of one prompt, in one model or several.
+
+    Attributes:
+        models: names of the models.
+        heads: the heads.
+        tokens: the prompt's tokens as text, without padding.
+        positions: index of each named position among these.
+        weights: attention weights; each token's sum to one.
+    """
+
+    models: tuple[str, ...]
+    heads: tuple[Head, ...]
+    tokens: tuple[str, ...]
+    positions: Mapping[str, int]
+    weights: Float[Tensor, "model head query key"]
+
+    def __str__(self) -> str:
+        return (
+            f"{' '.join(map(str, self.heads)) or 'no heads'} in {', '.join(self.models)} over "
+            f"{len(self.tokens)} tokens"
+        )
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a model, head and named position: the three tokens it looks at most, with their
+        weights."""
+        import pandas as pd
+
+        rows = []
+        for i, model in enumerate(self.models):
+            for j, head in enumerate(self.heads):
+                for name, at in self.positions.items():
+                    row = {"model": model, "head": str(head), "from": name}
+                    most, keys = self.weights[i, j, at].topk(min(3, at + 1))
+                    for k, (weight, key) in enumerate(
+                        zip(most.tolist(), keys.tolist(), strict=True)
+                    ):
+                        row |= {f"token_{k + 1}": self.tokens[key], f"weight_{k + 1}": weight}
+                    rows.append(row)
+        return pd.DataFrame(rows)
+
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """A row of panels a head, a column a model; lines mark the named positions."""
+        from tl_entity.plots.patterns import Pattern, attention_patterns
+
+        weights = self.weights.double().cpu().numpy()
+        rows = [
+            [
+                Pattern(f"{head}, {model}" if len(self.models) > 1 else str(head), weights[i, j])
+                for i, model in enumerate(self.models)
+            ]
+            for j, head in enumerate(self.heads)
+        ]
+        title = "Attention over a prompt" if title is None else title
+        return attention_patterns(rows, self.tokens, self.positions, title=title)
+
+
+@checked
+@torch.no_grad()
+def attention_over_prompt(
+    models: Model | Mapping[str, Model],
+    prompts: PromptBatch,
+    heads: Sequence[Head],
+    *,
+    index: int = 0,
+) -> AttentionOverPrompt:
+    """Where some heads look over one of the prompts.
+
+    Args:
+        models: a model, or several by name, such as a base and its fine-tune, that read the same
+            tokens.
+        prompts: the prompts.
+        heads: the heads.
+        index: which prompt.
+
+    Raises:
+        InputError: if a head does not exist, or there is no such prompt.
+    """
+    if not 0 <= index < len(prompts):
+        raise InputError(f"There is no prompt {index}: there are {len(prompts)}, counted from 0.")
+    named = dict(models) if isinstance(models, Mapping) else {"model": models}
+    one = prompts[index : index + 1]
+    layers = sorted({head.layer for head in heads})
+    points: dict[str, str | None] = {hook_point("pattern", layer): None for layer in layers}
+    kept = one.mask[0].nonzero().squeeze(1)
+    found = []
+    for model in named.values():
+        check_heads(model, heads)
+        cache = record(model, one.to(model.cfg.device or "cpu"), points) if heads else {}
+        patterns = [cache[hook_point("pattern", h.layer)][0, h.head].float().cpu() for h in heads]
+        whole = torch.stack(patterns) if patterns else torch.empty(0, *[one.tokens.shape[1]] * 2)
+        found.append(whole[:, kept][:, :, kept])
+    tokenizer = next((m.tokenizer for m in named.values() if m.tokenizer is not None), None)
+    ids = one.tokens[0][kept].tolist()
+    start = int(kept[0])
+    return AttentionOverPrompt(
+        models=tuple(named),
+        heads=tuple(heads),
+        tokens=tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids),
+        positions={name: int(at[0]) - start for name, at in one.positions.items()},
+        weights=torch.stack(found),
     )

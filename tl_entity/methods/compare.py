@@ -223,7 +223,10 @@ class Comparison(Result):
         }
         return grouped_bars(
             {"both circuits": found, "by chance": chance},
-            title=str(self.whole) if title is None else title,
+            title=f"{len(self.whole.shared)} heads in both circuits, "
+            f"{self.whole.chance.expected:.1f} by chance"
+            if title is None
+            else title,
             axis="Jaccard index",
         )
 

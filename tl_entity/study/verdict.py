@@ -81,7 +81,7 @@ BETTER = "Is the fine-tuned model better?"
 SAME_HEADS = "Are the same heads at work?"
 CIRCUIT_WORKS = "Does the base model's circuit work in the fine-tuned model?"
 SAME_FUNCTION = "Do the groups carry the same information?"
-GAIN = "Which group brings the gain?"
+GAIN = "Can the gain be put down to one group?"
 
 
 def _better(results: Mapping[str, Any]) -> Finding:
