@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_reproduce(commands)
     _add_train(commands)
+    _add_finetune(commands)
     _add_models(commands)
     _add_plan(commands)
     return parser
@@ -125,10 +126,16 @@ def _add_study_options(command: "_OneLineParser") -> None:
     add("--base", default="default-base", metavar="MODEL", help=f"base model: {model}")
     add(
         "--tuned",
-        default="default-tuned",
         metavar="MODEL",
-        help="its fine-tune, given likewise; none to study the base alone",
+        help="its fine-tune, given likewise; none to study the base alone (default: default-tuned, "
+        "or with --tuned-adapter the base)",
     )
+    for role in ("base", "tuned"):
+        add(
+            f"--{role}-adapter",
+            metavar="ADAPTER",
+            help=f"folder or hub id of a LoRA adapter to merge into the {role} model",
+        )
     add(
         "--prompts",
         type=_whole_number(2),
@@ -258,6 +265,79 @@ def _add_train(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command.set_defaults(run=_train)
 
 
+def _add_finetune(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+    command = commands.add_parser(
+        "finetune",
+        help="train a LoRA adapter on look-up and arithmetic, and watch the box task",
+        description="Trains a LoRA adapter on texts made here (variable look-up, arithmetic, plain "
+        "stories; nothing about boxes) and measures the box task along the way. Adapters are kept "
+        "as step-0020/ and so on, figures in finetune.json. The same command goes on where it was "
+        "stopped. Needs peft.",
+    )
+    add = command.add_argument
+    add(
+        "--base",
+        required=True,
+        metavar="MODEL",
+        help="a name (tl-entity models lists them), a folder, a GGUF file, or a hub id",
+    )
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for all that is made")
+    add("--gguf-file", metavar="NAME", help="a GGUF file in the folder or hub repository")
+    add(
+        "--base-name",
+        metavar="NAME",
+        help="what the adapter says it belongs to, such as a hub id (default: as --base; of a path "
+        "its last part)",
+    )
+    add(
+        "--mix",
+        type=_shares,
+        metavar="KIND=SHARE,...",
+        help="kinds of text and their shares (default: lookup=1,arithmetic=1,stories=1)",
+    )
+    numbers = {
+        "steps": (1, 80, "optimiser steps"),
+        "texts": (1, 8, "texts a step"),
+        "rank": (1, 16, "rank of the adapter"),
+        "seed": (0, 0, "of the texts and the adapter's first values"),
+        "evaluate-every": (1, 20, "steps between two evaluations"),
+        "prompts": (1, 100, "box prompts an evaluation"),
+        "boxes": (1, 7, "boxes in a prompt"),
+        "checkpoint-every": (1, 20, "steps between two adapters that are kept"),
+    }
+    for name, (least, usual, what) in numbers.items():
+        add(
+            f"--{name}",
+            type=_whole_number(least),
+            default=usual,
+            metavar="N",
+            help=f"{what} (default: {usual})",
+        )
+    add("--learning-rate", type=float, default=1e-4, metavar="X", help="of AdamW (default: 0.0001)")
+    add(
+        "--alpha",
+        type=float,
+        metavar="X",
+        help="scale of the adapter times its rank (default: twice the rank)",
+    )
+    add(
+        "--targets",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        default=("q_proj", "k_proj", "v_proj", "o_proj"),
+        metavar="NAMES",
+        help="layers that get an adapter (default: q_proj,k_proj,v_proj,o_proj)",
+    )
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the base's weights (default: float32)",
+    )
+    add("--device", metavar="NAME", help="such as cpu or cuda (default: the best there is)")
+    _add_loudness(command)
+    command.set_defaults(run=_finetune)
+
+
 def _add_models(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command = commands.add_parser(
         "models",
@@ -344,9 +424,12 @@ def _reproduce(options: argparse.Namespace) -> None:
     from tl_entity.study.settings import GROUPS, Settings
     from tl_entity.study.store import REPORT, to_json
 
+    tuned = options.tuned or (options.base if options.tuned_adapter else "default-tuned")
     settings = Settings(
         base=options.base,
-        tuned=None if options.tuned == "none" else options.tuned,
+        tuned=None if tuned == "none" else tuned,
+        base_adapter=options.base_adapter,
+        tuned_adapter=options.tuned_adapter,
         prompts=options.prompts,
         boxes=options.boxes,
         sizes=options.sizes and dict(zip(GROUPS, options.sizes, strict=True)),
@@ -384,12 +467,47 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     _quieten()
-    from tl_entity.study.store import check_writable
+    from tl_entity.output import check_writable
     from tl_entity.training.pair import train_default_pair
 
     check_writable(options.out)
     train_default_pair(options.out, seed=options.seed)
     _say(f"The pair is in {options.out}.")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    if not options.verbose:
+        _quieten()
+    from tl_entity.training.finetune import FinetuneSettings, finetune
+
+    given = {
+        name: getattr(options, name)
+        for name in FinetuneSettings.__dataclass_fields__
+        if getattr(options, name) is not None
+    }
+    settings = FinetuneSettings(**given)
+    with ExitStack() as opened:
+        bars: list[Count] = []
+
+        def progress(steps: int, note: str) -> None:
+            # The bar opens with the first news, so that a refusal is one line alone.
+            if not options.quiet and not bars:
+                bars.append(opened.enter_context(_bar("fine-tuning", settings.steps)))
+            for bar in bars:
+                bar(steps, note)
+
+        found = finetune(
+            options.base,
+            options.out,
+            settings,
+            base_name=options.base_name,
+            gguf_file=options.gguf_file,
+            device=options.device,
+            progress=progress,
+        )
+    for evaluation in found.evaluations:
+        _say(str(evaluation))
+    _say(f"The adapter is in {found.adapter}.")
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -496,6 +614,20 @@ def _whole_number(least: int) -> "Callable[[str], int]":
         return number
 
     return read
+
+
+def _shares(text: str) -> dict[str, float]:
+    shares = {}
+    for part in text.split(","):
+        kind, sign, share = part.partition("=")
+        try:
+            number = float(share) if sign else 1.0
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{share!r} is not a number") from None
+        if kind in shares:
+            raise argparse.ArgumentTypeError(f"{kind!r} is there twice")
+        shares[kind] = number
+    return shares
 
 
 def _sizes(count: int) -> "Callable[[str], tuple[int, ...]]":

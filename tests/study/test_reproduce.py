@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
+from tests.models.test_adapters import adapt
 from tests.study.helpers import N_HEADS, N_LAYERS, save_tiny_model
+from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head
 from tl_entity.methods.circuits import evaluate, mean_head_outputs
 from tl_entity.methods.cmap import cmap
@@ -305,3 +307,29 @@ def test_the_fingerprint_knows_weights_not_places(settings, tmp_path):
     same = save_tiny_model(tmp_path / "elsewhere", seed=1)
     assert model_fingerprint(model) == model_fingerprint(load_model(same))
     assert model_fingerprint(model) != model_fingerprint(load_model(settings.tuned))
+
+
+def test_a_base_and_an_adapter_on_it(tmp_path):
+    base = save_tiny_model(tmp_path / "base", seed=1)
+    adapt(base, tmp_path / "lora")
+    settings = Settings(
+        base=str(base),
+        tuned=str(base),
+        tuned_adapter=str(tmp_path / "lora"),
+        prompts=8,
+        boxes=2,
+        only=("comparison",),
+        all_pairs=True,
+        png=False,
+    )
+    results = reproduce(settings, tmp_path / "out")
+    models = results["models"]
+    assert [model["label"] for model in models.values()] == ["base", "base + lora"]
+    merged = load_model(base, adapter=tmp_path / "lora")
+    assert models["tuned"]["fingerprint"] == model_fingerprint(merged)
+    assert models["base"]["fingerprint"] == model_fingerprint(load_model(base))
+    assert results["same_circuit"] is not None
+    words = command(results["settings"])
+    assert f"--tuned-adapter {tmp_path / 'lora'}" in words and "--base-adapter" not in words
+    with pytest.raises(InputError, match="no such model"):
+        Settings(base=str(base), tuned=None, tuned_adapter=str(tmp_path / "lora"))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tl_entity.errors import InputError
-from tl_entity.study.store import REPORT, RESULTS, Store, check_writable, to_json
+from tl_entity.output import check_writable
+from tl_entity.study.store import REPORT, RESULTS, Store, to_json
 
 
 class Work:

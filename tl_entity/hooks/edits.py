@@ -3,8 +3,8 @@
 Each edit is a frozen dataclass that TransformerLens calls as `edit(activation, hook)`. The builders
 return `(hook point name, edit)` pairs, ready for `model.run_with_hooks(tokens, fwd_hooks=...)`:
 
-    >>> hooks = patch_heads(cache, {"last": [Head(10, 3)]}, into=batch)   # doctest: +SKIP
-    >>> model.run_with_hooks(batch.tokens, fwd_hooks=hooks)               # doctest: +SKIP
+    hooks = patch_heads(cache, {"last": [Head(10, 3)]}, into=batch)
+    model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
 """
 
 from collections.abc import Mapping, Sequence

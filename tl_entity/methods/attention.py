@@ -238,7 +238,7 @@ def attention_over_prompt(
     return AttentionOverPrompt(
         models=tuple(named),
         heads=tuple(heads),
-        tokens=tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids),
+        tokens=tuple(str(i if tokenizer is None else tokenizer.decode([i])) for i in ids),
         positions={name: int(at[0]) - start for name, at in one.positions.items()},
         weights=torch.stack(found),
     )

@@ -32,7 +32,7 @@ from tl_entity.models.checkpoint import folder_checkpoint
 from tl_entity.models.config import hooked_config
 from tl_entity.models.gguf_file import gguf_checkpoint
 from tl_entity.models.hub import TOKENIZER_FILES, find_folder
-from tl_entity.models.load import DTYPES, _device
+from tl_entity.models.load import DTYPES, usable_device
 from tl_entity.models.registry import locate
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 
@@ -289,7 +289,7 @@ def read_configuration(
         checkpoint = gguf_checkpoint(local)
     else:
         checkpoint = folder_checkpoint(find_folder(name_or_path, TOKENIZER_FILES))
-    cfg = hooked_config(checkpoint.config, dtype=DTYPES[dtype], device=_device(device, 1))
+    cfg = hooked_config(checkpoint.config, dtype=DTYPES[dtype], device=usable_device(device, 1))
     return cfg, checkpoint.tokenizer()
 
 

@@ -35,7 +35,7 @@ def bridge(
     """
     if tokenizer is None:
         raise InputError("A TransformerBridge needs a tokenizer: give one as tokenizer=.")
-    model = _filled(checkpoint, adapter, dtype, device)
+    model = transformers_model(checkpoint, adapter, dtype, device)
     bos = prepends_bos(tokenizer)
     bridged = TransformerBridge.boot_transformers(
         checkpoint.place, hf_model=model, tokenizer=tokenizer, dtype=dtype, device=device
@@ -48,7 +48,7 @@ def bridge(
     return bridged.eval()
 
 
-def _filled(
+def transformers_model(
     checkpoint: Checkpoint, adapter: Adapter | None, dtype: torch.dtype, device: str
 ) -> nn.Module:
     """The transformers model of the checkpoint's configuration around the checkpoint's weights."""

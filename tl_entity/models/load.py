@@ -126,14 +126,14 @@ def load_model(
         InputError: if the checkpoint is not there, is damaged, or cannot be represented exactly;
             the message says what and where.
     """
-    number, place = _dtype(dtype), _device(device, n_devices)
+    number, place = _dtype(dtype), usable_device(device, n_devices)
     if backend == "bridge" and n_devices > 1:
         raise InputError("A TransformerBridge is loaded onto one device; leave n_devices at 1.")
     access = {"token": token, "local_files_only": local_files_only}
     entry = None if isinstance(name_or_path, nn.Module) else registered(name_or_path)
     if entry is not None and adapter is None:
         adapter = entry.adapter
-    checkpoint = _checkpoint(name_or_path, gguf_file, revision=revision, **access)
+    checkpoint = find_checkpoint(name_or_path, gguf_file, revision=revision, **access)
     merged = None
     if adapter is not None:
         merged = read_adapter(
@@ -222,9 +222,14 @@ def _adapted(model: HookedTransformer, adapter: Adapter) -> HookedTransformer:
     return _finished(other, model.tokenizer)
 
 
-def _checkpoint(
+def find_checkpoint(
     name_or_path: str | Path | nn.Module, gguf_file: str | None, **access: Any
 ) -> Checkpoint:
+    """The checkpoint that is meant: of a model in memory, a GGUF file, a folder, or the hub.
+
+    Raises:
+        InputError: if it is not there or is not whole.
+    """
     if isinstance(name_or_path, nn.Module):
         if gguf_file is not None:
             raise InputError("gguf_file= is for a folder or hub id, not for a model in memory.")
@@ -251,7 +256,12 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     raise InputError(f"dtype {dtype} is none of {', '.join(DTYPES)}.")
 
 
-def _device(device: str | torch.device | None, n_devices: int) -> str:
+def usable_device(device: str | torch.device | None, n_devices: int) -> str:
+    """The device that is meant, by default CUDA where there is one.
+
+    Raises:
+        InputError: if it can't be used, or there are not so many from it on.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -492,6 +492,9 @@ def command(settings: dict[str, Any]) -> str:
     )
     words = ["tl-entity", "reproduce", "--base", settings["base"]]
     words += ["--tuned", settings["tuned"] or "none"]
+    for role in ("base", "tuned"):
+        if settings[f"{role}_adapter"] is not None:
+            words += [f"--{role}-adapter", settings[f"{role}_adapter"]]
     words += ["--prompts", str(settings["prompts"]), "--boxes", str(settings["boxes"])]
     words += ["--sizes", sizes, "--receiver-sizes", receivers]
     words += ["--random-circuits", str(settings["random_circuits"])]

@@ -20,6 +20,7 @@ from tl_entity.hooks.points import n_kv_heads
 from tl_entity.methods.discovery import Discovery
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY
+from tl_entity.output import check_writable
 from tl_entity.plots.render import PngRenderer, plotly_script
 from tl_entity.ranks import is_first
 from tl_entity.study.experiments import (
@@ -41,13 +42,12 @@ from tl_entity.study.information import learn_what_groups_carry, patch_what_grou
 from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.necessity import measure_completeness, measure_minimality
 from tl_entity.study.report import figure_page, render_report
-from tl_entity.study.settings import GROUPS, Settings, planted, resolve_sizes
+from tl_entity.study.settings import GROUPS, Settings, resolve_sizes
 from tl_entity.study.store import (
     REPORT,
     RESULTS,
     Record,
     Store,
-    check_writable,
     fingerprint,
     to_json,
 )
@@ -109,20 +109,20 @@ def reproduce(
     out = Path(out)
     check_writable(out)
     _check_device(settings.device)
-    facts = {role: inspect(settings, name) for role, name in settings.models.items()}
+    facts = {role: inspect(settings, role) for role in settings.models}
     head_counts = [fact.n_layers * fact.n_heads for fact in facts.values()]
     sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
     store = Store(out, log)
     versions = _versions()
     code = _code_fingerprint()
-    labels = _labels(settings.models)
+    labels = _labels(settings)
     benches: dict[str, Bench] = {}
     discoveries: dict[str, Discovery] = {}
     seeds: dict[str, int] = {}
     models: Record = {}
     same_heads = len({fingerprint(fact.architecture) for fact in facts.values()}) == 1
     for role, name in settings.models.items():
-        model = load_model(name, dtype=settings.dtype, device=settings.device)
+        model = _load(settings, role)
         inputs = {
             "model": facts[role].fingerprint,
             "code": code,
@@ -138,7 +138,10 @@ def reproduce(
         models[role] |= {
             "name": name,
             "label": labels[role],
-            "note": next((m.note for m in REGISTRY if m.name == name), None),
+            "adapter": settings.adapters[role],
+            "note": next(
+                (m.note for m in REGISTRY if m.name == name and not settings.adapters[role]), None
+            ),
             "n_layers": facts[role].n_layers,
             "n_heads": facts[role].n_heads,
             "fingerprint": facts[role].fingerprint,
@@ -179,13 +182,13 @@ def reproduce(
 
 
 @checked
-def inspect(settings: Settings, name: str) -> Facts:
+def inspect(settings: Settings, role: str) -> Facts:
     """Load a model once to see that it is whole and fits the settings.
 
     Raises:
         InputError: if it can't be loaded, or can't take prompts of so many boxes.
     """
-    model = load_model(name, dtype=settings.dtype, device=settings.device)
+    model, name = _load(settings, role), settings.models[role]
     try:
         pairs = discovery_pairs(own_tokenizer(model), 1, n_boxes=settings.boxes, seed=settings.seed)
     except InputError as error:
@@ -229,10 +232,24 @@ def _check_device(device: str | None) -> None:
         raise InputError(f"The device {device} can't be used: {reason}") from None
 
 
-def _labels(models: dict[str, str]) -> dict[str, str]:
+def _load(settings: Settings, role: str) -> HookedTransformer:
+    return load_model(
+        settings.models[role],
+        adapter=settings.adapters[role],
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+
+
+def _labels(settings: Settings) -> dict[str, str]:
     """Names to show: the last part of a path, where that tells the models apart."""
-    short = {role: Path(name).name or name for role, name in models.items()}
-    return short if len(set(short.values())) == len(short) else dict(models)
+
+    def joined(shorten: Callable[[str], str]) -> dict[str, str]:
+        parts = {role: (name, settings.adapters[role]) for role, name in settings.models.items()}
+        return {role: " + ".join(map(shorten, filter(None, both))) for role, both in parts.items()}
+
+    short = joined(lambda name: Path(name).name or name)
+    return short if len(set(short.values())) == len(short) else joined(str)
 
 
 def _study_model(
@@ -267,7 +284,7 @@ def _study_model(
         record["information"] = carried
     if wants("knockout"):
         record["knockout"] = knock_out_flow(bench)
-    known = planted(bench.settings.models[bench.role])
+    known = bench.settings.planted(bench.role)
     record["planted"] = None if known is None else compare_with_planted(circuit, known)
     return record, discovery
 

@@ -42,6 +42,8 @@ class Settings:
     Attributes:
         base: name, folder or hub id of the base model.
         tuned: the same of its fine-tune; None to study one model alone.
+        base_adapter: folder or hub id of a LoRA adapter to merge into the base.
+        tuned_adapter: the same for the fine-tune, which may then be the base itself.
         prompts: prompts an accuracy, and pairs a discovery.
         boxes: boxes in the prompts that circuits are found and tested on; accuracy is measured for
             2 up to so many.
@@ -65,6 +67,8 @@ class Settings:
 
     base: str = "default-base"
     tuned: str | None = "default-tuned"
+    base_adapter: str | None = None
+    tuned_adapter: str | None = None
     prompts: int = 200
     boxes: int = 7
     sizes: Mapping[str, int] | None = None
@@ -90,6 +94,8 @@ class Settings:
                 raise InputError(
                     f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}."
                 )
+        if self.tuned_adapter is not None and self.tuned is None:
+            raise InputError("There is an adapter for a fine-tuned model, and no such model.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"The batch size must be at least 1, not {self.batch_size}.")
 
@@ -108,6 +114,15 @@ class Settings:
     def models(self) -> dict[str, str]:
         """Name or folder of each model by its role."""
         return {"base": self.base} | ({} if self.tuned is None else {"tuned": self.tuned})
+
+    @property
+    def adapters(self) -> dict[str, str | None]:
+        """The adapter of each model by its role; None where it has none."""
+        return {"base": self.base_adapter, "tuned": self.tuned_adapter}
+
+    def planted(self, role: str) -> Circuit | None:
+        """The circuit planted in a model, if one was and no adapter has changed it since."""
+        return planted(self.models[role]) if self.adapters[role] is None else None
 
 
 @checked
@@ -132,7 +147,7 @@ def resolve_sizes(settings: Settings, n_heads: int) -> tuple[dict[str, int], dic
         InputError: if a size is below one or above the number of heads, or a stage would patch into
             more heads than the model has.
     """
-    known = planted(settings.base)
+    known = settings.planted("base")
     if settings.sizes is not None:
         sizes = dict(settings.sizes)
     elif known is not None:

@@ -6,14 +6,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from tl_entity.errors import InputError
+from tl_entity.output import check_writable, write_atomically
 from tl_entity.ranks import from_first, is_first
 
 Record = dict[str, Any]
@@ -23,32 +22,6 @@ Outcome = tuple[Record, dict[str, Tensor]]
 """A step's record and its tensors."""
 
 RESULTS, REPORT, TIMINGS, STEPS = "results.json", "report.html", "timings.json", "steps"
-
-
-def check_writable(folder: Path) -> None:
-    """Make sure that the folder can be made and written to, without making it.
-
-    Raises:
-        InputError: if it can't.
-    """
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise InputError(f"{nearest} is a file, so nothing can be written to {folder}.")
-    try:
-        with NamedTemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise InputError(f"Nothing can be written to {folder}: {error.strerror}.") from None
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that, whatever happens, it is there whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def to_json(content: object) -> str:
