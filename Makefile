@@ -12,7 +12,7 @@ reproduce: setup
 	$(BIN)/tl-entity reproduce --out $(OUT)
 
 test: setup-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup-dev
 	$(BIN)/ruff check .
