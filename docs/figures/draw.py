@@ -63,7 +63,9 @@ def main(results: Path) -> None:
         for name, figure in figures.items():
             picture = Image.open(io.BytesIO(renderer(figure, width=900)))
             path = Path(__file__).with_name(f"{name}.png")
-            picture.convert("RGB").quantize(256, dither=0).save(path, optimize=True)
+            picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=0).save(
+                path, optimize=True
+            )
 
 
 if __name__ == "__main__":

@@ -240,23 +240,23 @@ class CrossModelPatching(Result):
         return pd.DataFrame(rows)
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
-        """Accuracy with each group patched, one colour for each kind of patch, beside both models
-        alone."""
-        from tl_entity.plots.bars import Bar, grouped_bars
+        """Accuracy with each group patched, one colour for each kind of patch, between the levels
+        of both models alone."""
+        from tl_entity.plots.bars import Bar, add_level, grouped_bars
 
         def bar(found: Evaluation) -> Bar:
             return Bar(found.accuracy, *found.interval)
 
-        series = {"alone": {"base": bar(self.base), "tuned": bar(self.tuned)}}
+        series: dict[str, dict[str, Bar]] = {}
         for entry in self.entries:
             series.setdefault(entry.patch, {})[entry.group] = bar(entry.evaluation)
         title = (
             "Heads patched from the tuned model into the base (CMAP)" if title is None else title
         )
         figure = grouped_bars(series, title=title)
-        groups = dict.fromkeys(entry.group for entry in self.entries)
-        order = ["base", *groups, "tuned"]
-        return figure.update_xaxes(categoryorder="array", categoryarray=order)
+        add_level(figure, "base", bar(self.base))
+        add_level(figure, "tuned", bar(self.tuned))
+        return figure
 
 
 @checked

@@ -146,7 +146,7 @@ class HeadMask(Result):
             title=str(self) if title is None else title,
             name="1 - m",
             joint="step ",
-        )
+        ).update_xaxes(title_text="step")
 
     def history(self) -> "pd.DataFrame":
         """One row a step: loss, number of heads selected after it, validation accuracy."""

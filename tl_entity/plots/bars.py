@@ -66,6 +66,27 @@ def grouped_bars(
     return figure
 
 
+@checked
+def add_level(figure: go.Figure, name: str, level: Bar, *, colour: str = INK) -> None:
+    """A dashed line across the figure for something that all bars are compared with, and its
+    interval as a band."""
+    figure.add_hrect(
+        y0=level.low, y1=level.high, fillcolor=colour, opacity=0.08, line_width=0, layer="below"
+    )
+    figure.add_hline(y=level.value, line={"color": colour, "dash": "dash", "width": 1.5})
+    figure.add_annotation(
+        text=f"{name}<br>{level.value:.3f}",
+        x=1.005,
+        xref="paper",
+        y=level.value,
+        xanchor="left",
+        align="left",
+        showarrow=False,
+        font={"color": colour, "size": 12},
+    )
+    figure.update_layout(margin_r=120)
+
+
 def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Bar]) -> None:
     figure.add_bar(
         x=categories,

@@ -149,7 +149,12 @@ def circuit_diagram(
         tickangle=-60,
         range=[-1, len(tokens) + 0.5],
     )
-    figure.update_yaxes(title_text="layer", range=[-0.6, top + 0.8], dtick=max(1, round(top / 8)))
+    highest = max((head.layer for node in nodes for head in node.heads), default=0)
+    figure.update_yaxes(
+        title_text="layer",
+        range=[-0.6, top + 0.8],
+        tickvals=list(range(0, highest + 1, max(1, round(top / 8)))),
+    )
     return figure
 
 

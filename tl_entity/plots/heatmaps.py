@@ -35,6 +35,9 @@ SHADES = [[0.0, "#ffffff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
 
 MOST_TICKS = 12
 
+MOST_COLUMNS_WRITTEN = 16
+"""Tables of more columns have no numbers in their cells."""
+
 _PANELS_A_ROW = 2
 
 _GAP = 100  # between rows of panels: room for the axis above and the title below, in pixels
@@ -111,7 +114,7 @@ def stage_heatmaps(
     for index, (panel, limit) in enumerate(zip(panels, limits, strict=True)):
         row, column = index // columns + 1, index % columns + 1
         if one_scale:
-            bar = {"title": {"text": "score"}} if index == 0 else None
+            bar = {"title": {"text": "score"}, "x": 1.05} if index == 0 else None
         else:
             axes: Any = figure.get_subplot(row, column)
             (_, right), (low, high) = axes.xaxis.domain, axes.yaxis.domain
@@ -185,7 +188,7 @@ def share_heatmap(
         name: what the shares are.
         joint: what stands ahead of a column's name in a sentence with its row's.
     """
-    few = len(rows) <= 40
+    few = len(rows) <= 40 and len(columns) <= MOST_COLUMNS_WRITTEN
     text = [["" if math.isnan(w) else f"{w:.2f}" for w in row] for row in shares.tolist()]
     figure = go.Figure(
         go.Heatmap(

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from tl_entity.heads import Head
 from tl_entity.methods.activation_patching import UNPATCHED
 from tl_entity.methods.cmap import OUTPUT, WHOLE_CIRCUIT
-from tl_entity.plots.bars import Bar, grouped_bars
+from tl_entity.plots.bars import Bar, add_level, grouped_bars
 from tl_entity.plots.circuit_diagram import Edge, Node, circuit_diagram
 from tl_entity.plots.curves import Curve, Point, accuracy_scatter, layer_curves
 from tl_entity.plots.heatmaps import share_heatmap
@@ -183,14 +183,14 @@ def _knockout(model: dict[str, Any]) -> go.Figure:
 def _cmap(results: dict[str, Any], record: dict[str, Any]) -> go.Figure:
     labels = {role: model["label"] for role, model in results["models"].items()}
     into, source = labels[record["into_role"]], labels[record["from_role"]]
-    series: dict[str, dict[str, Bar]] = {
-        "alone": {into: accuracy_bar(record["into"]), source: accuracy_bar(record["from"])}
-    }
+    series: dict[str, dict[str, Bar]] = {}
     for entry in record["entries"]:
         what = "head outputs" if entry["patch"] == OUTPUT else f"{entry['patch']} of the heads"
         series.setdefault(what, {})[group_words(entry["group"])] = accuracy_bar(entry)
     figure = grouped_bars(series, title=f"{into} with heads of {source} (CMAP)")
-    order = [into, *map(group_words, GROUPS), WHOLE_CIRCUIT, source]
+    add_level(figure, into, accuracy_bar(record["into"]))
+    add_level(figure, source, accuracy_bar(record["from"]))
+    order = [*map(group_words, GROUPS), WHOLE_CIRCUIT]
     figure.update_xaxes(categoryorder="array", categoryarray=order)
     return figure
 
