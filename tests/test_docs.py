@@ -60,6 +60,22 @@ def test_the_reference_has_every_public_name(site):
     assert missing == []
 
 
+def test_the_reference_has_every_public_module_once():
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    named = [
+        line.removeprefix("::: ")
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("::: ")
+    ]
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "tl_entity").rglob("*.py")
+        if not path.name.startswith("_")
+    }
+    assert sorted(named) == sorted(modules)
+
+
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -117,7 +117,7 @@ _HOME = {
 }
 """The module in which each public name is defined."""
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

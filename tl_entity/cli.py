@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tl_entity.study.experiments import Count
+
+    Commands = argparse._SubParsersAction["_OneLineParser"]  # pyright: ignore[reportPrivateUsage]
 
 PROGRAM = "tl-entity"
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -91,7 +93,7 @@ METHODS = {
 """Commands that do one experiment of `reproduce`, after the circuits that it rests on."""
 
 
-def _add_reproduce(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+def _add_reproduce(commands: "Commands") -> None:
     command = commands.add_parser(
         "reproduce",
         help="every experiment of the paper on a base model and its fine-tune",
@@ -250,7 +252,7 @@ def _add_loudness(command: "_OneLineParser") -> None:
     )
 
 
-def _add_train(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+def _add_train(commands: "Commands") -> None:
     command = commands.add_parser(
         "train-default-pair",
         help="train the pair of models that ships once more",
@@ -265,7 +267,7 @@ def _add_train(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command.set_defaults(run=_train)
 
 
-def _add_finetune(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+def _add_finetune(commands: "Commands") -> None:
     command = commands.add_parser(
         "finetune",
         help="train a LoRA adapter on look-up and arithmetic, and watch the box task",
@@ -338,7 +340,7 @@ def _add_finetune(commands: "argparse._SubParsersAction[_OneLineParser]") -> Non
     command.set_defaults(run=_finetune)
 
 
-def _add_models(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+def _add_models(commands: "Commands") -> None:
     command = commands.add_parser(
         "models",
         help="list the models that have a name here",
@@ -350,7 +352,7 @@ def _add_models(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
     command.set_defaults(run=_models)
 
 
-def _add_plan(commands: "argparse._SubParsersAction[_OneLineParser]") -> None:
+def _add_plan(commands: "Commands") -> None:
     command = commands.add_parser(
         "plan",
         help="what a long run will take, before it is started",
@@ -566,7 +568,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> "Iterator[Count]":
+def _bar(what: str, total: int) -> "Generator[Count, None, None]":
     from tqdm import tqdm
 
     with tqdm(

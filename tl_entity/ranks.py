@@ -1,7 +1,7 @@
 """Several processes on one job (`torchrun`): prompts are shared out, results gathered by all."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -24,7 +24,7 @@ SomeRows = TypeVar("SomeRows", bound=Rows)
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group() -> Generator[None, None, None]:
     """Within this context the processes that `torchrun` started work together; without `torchrun`
     nothing happens. On GPUs each process takes the device of its local rank."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():

@@ -19,7 +19,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import mlp_rows_together, row_slices
 from tl_entity.exact.memory import block_bytes
-from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, _pairs_within
+from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, pairs_within
 from tl_entity.exact.window import Window
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.path_patching import Senders
@@ -297,7 +297,7 @@ class PathPatching(Job):
         by_layer = _by_layer(self.receivers or ())
         top = cfg.n_layers if self.receivers is None else max(by_layer, default=0)
         shapes = _Shapes(cfg)
-        size = self.batch_size or _pairs_within(shapes.model, pairs, memory)
+        size = self.batch_size or pairs_within(shapes.model, pairs, memory)
         cache = chunk = 0
         counted: dict[tuple[int, ...], tuple[Tally, int]] = {}
         for some in pairs.chunks(size):

@@ -107,7 +107,7 @@ def patched_values(
         return runs.clean, values
 
     if batch_size is None:
-        batch_size = _pairs_within(model, pairs, memory)
+        batch_size = pairs_within(model, pairs, memory)
     found = [values for _, values in halving(pairs, batch_size, compute)]
     return torch.cat([clean for clean, _ in found]), torch.cat([p for _, p in found], -1)
 
@@ -384,7 +384,7 @@ def _score(
     return torch.cat(values)
 
 
-def _pairs_within(model: Model, pairs: PairBatch, memory: int) -> int:
+def pairs_within(model: Model, pairs: PairBatch, memory: int) -> int:
     """How many pairs' caches and held rows take at most half the memory.
 
     No more than make the matrix products large: beyond that, only progress would be seen later.

@@ -1,6 +1,6 @@
 """Faster, less exact matrix products, for as long as they are wanted."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -10,7 +10,7 @@ MatmulPrecision = Literal["highest", "high", "medium"]
 
 
 @contextmanager
-def float32_matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
+def float32_matmul_precision(precision: MatmulPrecision) -> Generator[None, None, None]:
     """Within this context float32 matrix products are computed as precisely as this.
 
     `highest` is float32. `high` allows TF32 and `medium` bfloat16 where the hardware has them

@@ -1,7 +1,7 @@
 """Named hook points: the one place that spells their names, axes, and head to KV-head mapping."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def check_heads(model: Model, heads: Sequence[Head]) -> None:
 
 
 @contextmanager
-def separate_kv_heads(model: Model) -> Iterator[None]:
+def separate_kv_heads(model: Model) -> Generator[None, None, None]:
     """Within this context `hook_k` and `hook_v` have one entry for every query head.
 
     Under grouped-query attention several query heads share a key and a value vector; edited here,

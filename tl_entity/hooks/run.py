@@ -1,7 +1,7 @@
 """Plain runs of a hooked model: edits that must fire, and caches of only what is asked for."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ activation."""
 @contextmanager
 def must_fire(
     model: Model, hooks: Iterable[tuple[str, HookFunction]]
-) -> Iterator[list[tuple[str, HookFunction]]]:
+) -> Generator[list[tuple[str, HookFunction]], None, None]:
     """The same hooks, watched: it is an error if one is at no hook point of the model, or the
     context ends without it having been called.
 

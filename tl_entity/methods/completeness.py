@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -201,7 +201,7 @@ def completeness(
     drawn = random_parts(circuit, n_random, size=random_size, seed=seed)
     n_groups = len(removed)
     parts = [*removed.items(), *((f"random {i}", part) for i, part in enumerate(drawn))]
-    how = {
+    how: dict[str, Any] = {
         "mean_outputs": mean_outputs,
         "engine": engine,
         "batch_size": batch_size,

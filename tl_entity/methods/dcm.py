@@ -6,7 +6,7 @@ run to answer what it would with the counterfactual's information, at a price fo
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -726,7 +726,7 @@ def _bytes_of(held: Any) -> int:
 
 
 @contextmanager
-def _frozen(model: Model) -> Iterator[None]:
+def _frozen(model: Model) -> Generator[None, None, None]:
     """Within this context no weight of the model takes a gradient."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trainable:

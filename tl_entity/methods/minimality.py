@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Group, Head, without
+from tl_entity.heads import Circuit, Group, Head, HeadsAt, without
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_circuits
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
@@ -199,7 +199,7 @@ def minimality(
         ]
         found.update(zip(new, evaluate_all(left), strict=True))
 
-    def evaluate_all(circuits: Sequence) -> list[Evaluation]:
+    def evaluate_all(circuits: Sequence[Circuit | HeadsAt]) -> list[Evaluation]:
         return evaluate_circuits(
             model,
             prompts,

@@ -172,7 +172,8 @@ class Adapter:
                 return re.fullmatch(pattern, module) is not None
             case list() as names:
                 return any(module == name or module.endswith(f".{name}") for name in names)
-        return False
+            case _:
+                return False
 
 
 def read_adapter(folder: Path) -> Adapter:

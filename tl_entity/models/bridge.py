@@ -54,7 +54,7 @@ def transformers_model(
     """The transformers model of the checkpoint's configuration around the checkpoint's weights."""
     config = copy.deepcopy(checkpoint.config)
     # What the bridge's hooks on scores and patterns need.
-    config._attn_implementation = "eager"
+    config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

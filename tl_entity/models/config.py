@@ -229,6 +229,8 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
                     "yarn_truncate": rope.get("truncate", True),
                     "yarn_original_max_position_embeddings": trained,
                 }
+            case _:
+                pass
     except KeyError as error:
         raise InputError(f"The rotary embedding in config.json lacks {error}.") from None
     raise InputError(

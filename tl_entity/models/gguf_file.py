@@ -257,6 +257,8 @@ def _rope(header: _Header) -> dict[str, Any]:
                 "beta_slow": header.get("rope.scaling.yarn_beta_slow"),
             }
             return base | {name: value for name, value in given.items() if value is not None}
+        case _:
+            pass
     raise InputError(
         f"{header.file} has a rotary embedding of type {kind!r}; those supported are linear, yarn "
         "and that of Llama 3."

@@ -129,7 +129,7 @@ def load_model(
     number, place = _dtype(dtype), usable_device(device, n_devices)
     if backend == "bridge" and n_devices > 1:
         raise InputError("A TransformerBridge is loaded onto one device; leave n_devices at 1.")
-    access = {"token": token, "local_files_only": local_files_only}
+    access: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
     entry = None if isinstance(name_or_path, nn.Module) else registered(name_or_path)
     if entry is not None and adapter is None:
         adapter = entry.adapter
@@ -179,7 +179,11 @@ def load_tokenizer(
     Raises:
         InputError: if there is none that can be read.
     """
-    access = {"revision": revision, "token": token, "local_files_only": local_files_only}
+    access: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
     file = _gguf(name_or_path, gguf_file, **access)
     if file is not None:
         return gguf_tokenizer(file)

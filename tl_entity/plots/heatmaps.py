@@ -224,7 +224,7 @@ def _add_panel(
     figure: go.Figure,
     panel: HeadMap,
     limit: float,
-    colour_bar: dict | None,
+    colour_bar: dict[str, Any] | None,
     **place: Any,
 ) -> None:
     layers, heads = panel.scores.shape

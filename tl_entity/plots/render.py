@@ -96,7 +96,7 @@ class PngRenderer:
 
     def _end(self) -> None:
         # Its children hold the pipes open, so ending the process alone would not do.
-        process = self._scope._proc
+        process = self._scope._proc  # pyright: ignore[reportPrivateUsage]
         if process is None or process.poll() is not None:
             return
         try:

@@ -237,7 +237,8 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discove
 
                 def compute(chunk: PairBatch = chunk) -> Outcome:
                     count(0)
-                    found = path_patch(model, chunk, **{**how, "progress": count})
+                    watched: dict[str, Any] = {**how, "progress": count}
+                    found = path_patch(model, chunk, **watched)
                     return {}, {
                         "per_example": found.per_example,
                         "clean_values": found.clean_values,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -110,13 +111,13 @@ def _predictions_with_group_from(
         return model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
 
     def keep(layer: int):
-        def hook(module, arguments):
+        def hook(module: torch.nn.Module, arguments: Any) -> Any:
             outputs[layer] = arguments[0][rows, taken_from]
 
         return hook
 
     def replace(layer: int):
-        def hook(module, arguments):
+        def hook(module: torch.nn.Module, arguments: Any) -> Any:
             (z,) = arguments
             z = z.clone()
             width = z.shape[-1] // model.config.num_attention_heads

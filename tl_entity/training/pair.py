@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +51,7 @@ def train_default_pair(
     n_pairs: int = 200,
     base: BaseTraining | None = None,
     fine_tunings: Mapping[str, FineTuning] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Train the base, its fine-tune and the control fine-tune, and measure all three.
 
     Writes `base/` and `tuned/` (checkpoint, tokenizer, planted heads, model card) and
@@ -78,7 +79,7 @@ def train_default_pair(
     except OSError as error:
         raise InputError(f"{out}: the folder can't be written ({error.strerror}).") from None
     tokenizer = build_tokenizer()
-    figures: dict = {
+    figures: dict[str, Any] = {
         "seed": seed,
         "prompts": n_prompts,
         "pairs": n_pairs,
@@ -120,7 +121,7 @@ def write_cards_with(out: Path, others: Sequence[Path]) -> None:
     )
 
 
-def _store(model, folder: Path) -> None:
+def _store(model: Any, folder: Path) -> None:
     save_model(model, folder)
     save_tokenizer(folder)
     PLANTED.save(folder / PLANTED_FILE)
@@ -128,7 +129,7 @@ def _store(model, folder: Path) -> None:
 
 def _measure(
     folder: Path, tokenizer: PreTrainedTokenizerBase, n_prompts: int, n_pairs: int
-) -> dict:
+) -> dict[str, Any]:
     """All figures of one stored model."""
     model = stored_model(folder)
     found = discover_circuit(
@@ -158,5 +159,5 @@ def _measure(
     }
 
 
-def _score(found, group: str, layer: int, head: int) -> float:
+def _score(found: Any, group: str, layer: int, head: int) -> float:
     return round(found.scores[group].scores[layer, head].item(), 4)

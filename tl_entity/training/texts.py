@@ -1,7 +1,7 @@
 """The texts the default pair is trained on, each kind drawn from a seeded generator."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -137,7 +137,7 @@ def _boxes(generator: random.Random) -> BoxPrompt:
     return BoxPrompt(objects, labels, generator.choice(labels))
 
 
-def _shuffled(generator: random.Random, *columns) -> list[tuple[str, ...]]:
+def _shuffled(generator: random.Random, *columns: Sequence[str]) -> list[tuple[str, ...]]:
     rows = list(zip(*columns, strict=True))
     return generator.sample(rows, len(rows))
 

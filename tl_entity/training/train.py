@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +213,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> Generator[None, None, None]:
     """One CPU thread inside, whatever the caller uses: sums come out the same bit by bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
