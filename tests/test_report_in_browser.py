@@ -16,6 +16,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
 
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PAPER = 718
+"""Width of the text on A4 with usual margins, in CSS pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +135,40 @@ def test_text_stands_out_from_its_ground(browser, report, scheme):
     assert (bright + 0.05) / (dark + 0.05) >= 4.5
 
 
-def test_on_paper_everything_is_there(browser, report, tmp_path):
+def test_long_titles_are_whole_on_a_phone(browser, report):
+    page, _ = opened(browser, report, PHONE)
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll('.js-plotly-plot')].filter(figure => {
+            const title = figure.querySelector('.gtitle');
+            return title && title.getBoundingClientRect().right
+                > figure.getBoundingClientRect().right;
+        }).map(figure => figure.id)"""
+    )
+    assert cut == []
+
+
+def test_on_paper_everything_is_there_and_nothing_is_cut(browser, report, tmp_path):
     page, trouble = opened(browser, report, WIDE)
     page.emulate_media(media="print")
-    hidden = page.evaluate(
-        """() => [...document.querySelectorAll('.js-plotly-plot, table')]
-            .filter(part => part.getBoundingClientRect().height === 0 && !part.closest('details'))
-            .length"""
+    page.set_viewport_size({"width": PAPER, "height": 1000})
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('.js-plotly-plot .main-svg')]"
+        f".every(drawn => drawn.getBoundingClientRect().right <= {PAPER})"
     )
-    assert hidden == 0
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll('.js-plotly-plot, table')]
+            .filter(part => !part.closest('details'))
+            .filter(part => part.getBoundingClientRect().height === 0
+                || part.getBoundingClientRect().right > innerWidth + 1)
+            .map(part => part.id || part.innerText.slice(0, 60))"""
+    )
+    assert cut == []
     page.pdf(path=tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").stat().st_size > 50_000
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.set_viewport_size(WIDE)
+    page.wait_for_function(
+        "document.querySelector('.js-plotly-plot .main-svg').getBoundingClientRect().width > 800"
+    )
     assert trouble == []

@@ -117,7 +117,7 @@ def _finish_bars(figure: go.Figure, title: str, axis: str) -> None:
         barmode="group",
         height=380,
         # The legend above: names of categories may be long, and stand aslant below.
-        margin={"l": 60, "r": 20, "t": 84, "b": 50},
+        margin={"l": 60, "r": 20, "t": 110, "b": 50},
         legend={"traceorder": "normal", "y": 1.0, "yanchor": "bottom"},
     )
     figure.update_yaxes(title_text=axis, range=[0, 1.02], tickformat=".1f", dtick=0.2)

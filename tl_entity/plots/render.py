@@ -29,9 +29,12 @@ def figure_html(figure: go.Figure, name: str) -> str:
     # Drawn once the page is laid out: before, a figure would take the width of ones yet to come.
     return (
         f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
-        f"<script>{{const f={content};"
-        f'const draw=()=>Plotly.newPlot("{name}",f.data,f.layout,'
-        "{responsive:true,displayModeBar:false});"
+        f'<script>{{const e=document.getElementById("{name}");const f={content};'
+        # On a phone, a long title takes more lines.
+        "const draw=()=>{const t=f.layout.title;if(e.clientWidth<480&&t&&t.text){"
+        'const lines=t.text.match(/.{1,42}(\\s|$)/g)||[t.text];t.text=lines.join("<br>");'
+        "t.font={size:13};f.layout.margin.t=(f.layout.margin.t||80)+18*(lines.length-1);}"
+        "Plotly.newPlot(e,f.data,f.layout,{responsive:true,displayModeBar:false});};"
         'if(document.readyState==="loading")addEventListener("DOMContentLoaded",draw);else draw();}'
         "</script>"
     )

@@ -18,6 +18,15 @@ NO_VALUE, MINUS = "&ndash;", "&minus;"
 NONE = '<span class="soft">none</span>'
 
 
+ON_PAPER = """<script>
+const figures = () => [...document.querySelectorAll(".js-plotly-plot")];
+addEventListener("beforeprint", () => figures().forEach(f => Plotly.relayout(f, {width: 680})));
+addEventListener("afterprint", () => figures().forEach(
+  f => Plotly.relayout(f, {width: null, autosize: true})));
+</script>"""
+"""Figures are as wide as the window they were drawn in, which may be wider than paper."""
+
+
 def page(title: str, script: str, body: str) -> str:
     """A whole page."""
     style = files("tl_entity.study").joinpath("page.css").read_text(encoding="utf-8")
@@ -25,7 +34,7 @@ def page(title: str, script: str, body: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title>\n<style>{style}</style>\n'
-        f"{script}\n</head><body>\n{body}\n</body></html>\n"
+        f"{script}\n{ON_PAPER}\n</head><body>\n{body}\n</body></html>\n"
     )
 
 
