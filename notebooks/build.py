@@ -25,28 +25,41 @@ import io
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.io.base_renderers import MimetypeRenderer
-from PIL import Image
-from tl_entity.plots.render import PngRenderer
 
 class Stored(MimetypeRenderer):
-    def __init__(self):
-        self.draw = PngRenderer().__enter__()
-
     def to_mimebundle(self, figure):
-        picture = Image.open(io.BytesIO(self.draw(go.Figure(figure), width=820)))
-        small = io.BytesIO()
-        picture.convert("RGB").quantize(128, dither=0).save(small, "png", optimize=True)
-        return {"image/png": base64.b64encode(small.getvalue()).decode()}
+        return {"image/png": base64.b64encode(picture(go.Figure(figure))).decode()}
 
 pio.renderers["stored"] = Stored()
 pio.renderers.default = "stored"
 """
 
+DRAW = """
+from PIL import Image
+from tl_entity.plots.render import PngRenderer
 
-def execute(notebook: Any, folder: Path) -> Any:
-    """Run all cells with this folder as the current one; an error in a cell is raised."""
+draw = PngRenderer().__enter__()
+
+def picture(figure):
+    drawn, small = Image.open(io.BytesIO(draw(figure, width=820))), io.BytesIO()
+    few = drawn.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=0)
+    few.save(small, "png", optimize=True)
+    return small.getvalue()
+"""
+
+DO_NOT_DRAW = """
+def picture(figure):
+    return figure.to_json().encode()
+"""
+
+
+def execute(notebook: Any, folder: Path, *, draw: bool = True) -> Any:
+    """Run all cells with this folder as the current one; an error in a cell is raised.
+
+    Without `draw`, figures are made and written out in full, but not as pictures.
+    """
     ran = nbformat.from_dict(notebook)
-    ran.cells.insert(0, nbformat.v4.new_code_cell(SET_UP))
+    ran.cells.insert(0, nbformat.v4.new_code_cell(SET_UP + (DRAW if draw else DO_NOT_DRAW)))
     os.environ.setdefault("TQDM_DISABLE", "1")
     NotebookClient(
         ran, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(folder)}}

@@ -35,7 +35,7 @@ def test_runs_and_shows_what_is_stored(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     build = builder()
     stored = nbformat.read(path, as_version=4)
-    ran = build.clean(build.execute(stored, tmp_path))
+    ran = build.clean(build.execute(stored, tmp_path, draw=False))
     kinds = [[sorted(o.get("data", {"text": 0})) for o in c.get("outputs", [])] for c in ran.cells]
     assert kinds == [
         [sorted(o.get("data", {"text": 0})) for o in c.get("outputs", [])] for c in stored.cells
@@ -54,9 +54,7 @@ def test_stored_whole_small_and_without_machine_noise(path):
     outputs = [output for cell in code for output in cell.outputs]
     assert all(output.output_type != "error" for output in outputs)
     assert all(output.get("name") != "stderr" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1 or (
-        path.stem == "06_your_own_model"
-    )
+    assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not re.search(r"(/tmp/|/home/|/root/|/Users/|site-packages|\bit/s\b)", shown(notebook))
 
 
