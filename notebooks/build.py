@@ -78,7 +78,7 @@ def clean(notebook: Any) -> Any:
             continue
         count += 1
         cell.execution_count = count
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        cell.outputs = _joined([o for o in cell.outputs if o.get("name") != "stderr"])
         for output in cell.outputs:
             if "metadata" in output:
                 output.metadata = {}
@@ -89,6 +89,17 @@ def clean(notebook: Any) -> Any:
         "language_info": {"name": "python"},
     }
     return notebook
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Printed text as one output, in however many pieces it came."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def main(names: list[str]) -> None:
