@@ -63,9 +63,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "attention_over_prompt": "methods.attention",
     "activation_patch": "methods.activation_patching",
     "activation_patch_each": "methods.activation_patching",
+    "attention_over_prompt": "methods.attention",
     "box_prompts": "tasks.boxes",
     "carries": "methods.activation_patching",
     "Circuit": "heads",
