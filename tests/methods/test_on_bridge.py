@@ -16,6 +16,7 @@ from tl_entity import (
     cmap,
     completeness,
     desideratum_pairs,
+    discover_circuit,
     discovery_pairs,
     evaluate,
     knock_out_attention,
@@ -27,6 +28,9 @@ from tl_entity import (
     path_patch_mlps,
     summarize_attention,
 )
+from tl_entity.hooks import hook_point, record, separate_kv_heads
+from tl_entity.hooks.cross_model import check_same_architecture
+from tl_entity.study.settings import GROUPS
 
 LAST = [Head(2, 0), Head(3, 1)]
 LABEL = [Head(1, 2)]
@@ -63,6 +67,24 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "q receivers": lambda m, t, p, a: scores(
         m, p, position="last", receivers=[Head(3, 1), Head(3, 5)], receiver_input="q"
     ),
+    **{
+        f"{which} receivers": lambda m, t, p, a, which=which: scores(
+            m, p, position="query_label", receivers=[Head(2, 5), Head(3, 2)], receiver_input=which
+        )
+        for which in ("k", "v")
+    },
+    "discovery": lambda m, t, p, a: torch.cat(
+        [
+            stage.per_example.flatten()
+            for stage in discover_circuit(
+                m,
+                p,
+                sizes=dict.fromkeys(GROUPS, 3),
+                receiver_sizes=dict.fromkeys(GROUPS[:-1], 2),
+                engine="hooks",
+            ).scores.values()
+        ]
+    ),
     "MLPs": lambda m, t, p, a: path_patch_mlps(m, p, engine="hooks").per_example,
     "mean outputs": lambda m, t, p, a: mean_head_outputs(m, p.corrupt),
     "model": lambda m, t, p, a: evaluate(m, p.clean, engine="hooks").answer_log_probability,
@@ -97,7 +119,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
         f"CMAP of {patch}": lambda m, t, p, a, patch=patch: (
             cmap(m, t, p.clean, CIRCUIT, patch=patch, engine="hooks").answer_log_probability
         )
-        for patch in ("output", "q")
+        for patch in ("output", "q", "k", "v", "qkv")
     },
     "completeness": lambda m, t, p, a: torch.tensor(
         completeness(m, p.clean, CIRCUIT, mean_outputs=a, seed=0, engine="hooks")
@@ -129,22 +151,23 @@ def test_the_exact_engine_refuses_it(models, pairs):
         path_patch(models["base bridge"], pairs)
 
 
-@pytest.mark.parametrize("receiver_input", ["k", "v"])
-def test_shared_keys_and_values_cannot_be_set_apart(models, pairs, receiver_input):
-    """The pair shares a key-value head between two query heads; its hooks don't say whose."""
-    how = {"position": "last", "receivers": [Head(3, 5)], "receiver_input": receiver_input}
-    with pytest.raises(InputError, match="8 query heads share 4 keys and values"):
-        scores(models["base bridge"], pairs, **how)
+def test_set_apart_keys_and_values_are_shared_again(models, pairs):
+    """The pair shares a key-value head between two query heads."""
+    model = models["base bridge"]
+    point = {hook_point("v", 1): None}
+    before = record(model, pairs.clean, point)
+    with separate_kv_heads(model):
+        apart = record(model, pairs.clean, point)
+    after = record(model, pairs.clean, point)
+    name = hook_point("v", 1)
+    assert before[name].shape[2] == 4
+    assert torch.equal(apart[name], before[name].repeat_interleave(2, 2))
+    assert torch.equal(after[name], before[name])
 
 
-@pytest.mark.parametrize("patch", ["k", "v"])
-def test_keys_and_values_are_not_patched_from_another(models, pairs, patch):
-    with pytest.raises(InputError, match="it is a TransformerBridge, which keeps no rotary table"):
-        cmap(
-            models["base bridge"],
-            models["tuned bridge"],
-            pairs.clean,
-            CIRCUIT,
-            patch=patch,
-            engine="hooks",
-        )
+def test_bridges_with_other_rotary_embeddings_are_told_apart(models):
+    other = load_model("default-tuned", backend="bridge", device="cpu")
+    check_same_architecture(models["base bridge"], other)
+    other.rotary_emb.original_component.inv_freq *= 0.9
+    with pytest.raises(InputError, match="rotary embedding of layer 0"):
+        check_same_architecture(models["base bridge"], other)

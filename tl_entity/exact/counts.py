@@ -20,7 +20,7 @@ from tl_entity.errors import InputError
 from tl_entity.exact.blocks import mlp_rows_together, row_slices
 from tl_entity.exact.memory import block_bytes
 from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, pairs_within
-from tl_entity.exact.window import Window
+from tl_entity.exact.window import QUERY_POINTS, Window
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
@@ -629,7 +629,7 @@ def _recompute(shapes: _Shapes, window: Window, variants: Sequence[Variant]) -> 
         now = sum(begin <= layer for begin in begins)
         last = layer == cfg.n_layers - 1
         here = [variant.points.get(layer, frozenset()) for variant in variants[:now]]
-        touches_queries = any({"q", "attn_scores", "z"} & points for points in here)
+        touches_queries = any(QUERY_POINTS & points for points in here)
         queries = 1 if last and not touches_queries else length
         shapes.call("edit", sum(map(len, here)))
         if begun:
@@ -673,7 +673,7 @@ def mask_steps(
 _POINTS_OF_PATCH = {
     "output": {"z"},
     "q": {"q"},
-    "k": {"q", "attn_scores"},
+    "k": {"rot_q", "attn_scores"},
     "v": {"attn_scores", "z"},
 }
 """The hook points at which heads' outputs or inputs are patched from another model."""

@@ -19,6 +19,7 @@ from tl_entity.exact.memory import memory_budget
 from tl_entity.exact.window import (
     ANSWER_TOKEN,
     EVERY_TOKEN,
+    QUERY_POINTS,
     KeysAndValues,
     Window,
     WindowEdit,
@@ -35,7 +36,7 @@ from tl_entity.hooks.points import hook_point, point_and_layer
 from tl_entity.hooks.run import HookFunction, record
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
-EDITABLE = ("q", "k", "v", "attn_scores", "z")
+EDITABLE = ("q", "k", "v", "rot_q", "attn_scores", "z")
 """Where this engine takes edits."""
 
 LayerEdits = Mapping[str, Sequence[HookFunction]]
@@ -129,8 +130,8 @@ class CleanRun:
         Gradients flow to what the edits are made of, such as the mask of `MaskHeads`.
 
         Args:
-            hooks: edits at q, k, v, attn_scores or z. Edited keys and values have one entry for
-                each query head (as within `separate_kv_heads`).
+            hooks: edits at q, k, v, rot_q, attn_scores or z. Edited keys and values have one entry
+                for each query head (as within `separate_kv_heads`).
             tokens: only the logits of these tokens, a few for each prompt.
 
         Raises:
@@ -215,7 +216,7 @@ class CleanRun:
             now = sum(plan.begin <= layer for plan in plans)
             last = layer == n_layers - 1
             # The keys and values of other tokens still count in the last layer, nothing else.
-            touches_queries = any({"q", "attn_scores", "z"} & set(edits) for edits in here[:now])
+            touches_queries = any(QUERY_POINTS & set(edits) for edits in here[:now])
             queries = ANSWER_TOKEN if last and not touches_queries else EVERY_TOKEN
             parts = []
             if rows is not None:

@@ -17,6 +17,10 @@ KeysAndValues = tuple[
 ]
 """Keys after the rotary embedding, and values, of whole prompts in a layer."""
 
+QUERY_POINTS = frozenset({"q", "rot_q", "attn_scores", "z"})
+"""Where an edit is made token by token of the queries: it needs all the window's, even where only
+the last one's output is wanted."""
+
 WindowEdit = Callable[[Tensor], Tensor]
 """Changes [variant member window head d_head] (q, k, v, z), or the attention scores
 [member head variant window key], where keys before the window come first."""
@@ -93,13 +97,14 @@ class Window:
         *,
         heads: Sequence[int] | None = None,
         queries: slice = EVERY_TOKEN,
-        edit_scores: WindowEdit = lambda scores: scores,
+        edits: Mapping[str, WindowEdit] | None = None,
     ) -> Float[Tensor, "variant member query head d_head"]:
         """Head outputs of queries in the window, over the clean tokens ahead of it and its own.
 
         Queries and keys are given before the rotary embedding. With `heads`, all that is given is
-        of these query heads alone.
+        of these query heads alone. Edits at rot_q and attn_scores are made.
         """
+        edits = edits or {}
         length = self.before.shape[1]
         ahead = [vectors[self.members, :length] for vectors in clean]
         if heads is not None:
@@ -107,8 +112,9 @@ class Window:
             ahead = [vectors[:, :, index] for vectors in ahead]
         causal = torch.ones(len(self), len(self), dtype=torch.bool, device=q.device).tril()
         n = max(len(q), len(k), len(v))
+        rotated = rotate(model, layer, q, self.rotary[:, queries]).expand(n, -1, -1, -1, -1)
         return attend(
-            rotate(model, layer, q, self.rotary[:, queries]).expand(n, -1, -1, -1, -1),
+            edits.get("rot_q", _unchanged)(rotated),
             (ahead[0], ahead[1]),
             self.before[:, None],
             (
@@ -117,7 +123,7 @@ class Window:
             ),
             causal[None, queries],
             model.blocks[layer].attn.attn_scale,
-            edit_scores,
+            edits.get("attn_scores", _unchanged),
         )
 
     def attention_output(
@@ -137,8 +143,8 @@ class Window:
             layer: the layer.
             resid_pre: the window's residual stream ahead of it.
             clean: the clean run's keys and values.
-            edits: by hook point (q, k, v, attn_scores, z). Edited keys and values have one entry
-                for each query head, so that siblings that share one keep theirs.
+            edits: by hook point (q, k, v, rot_q, attn_scores, z). Edited keys and values have one
+                entry for each query head, so that siblings that share one keep theirs.
             queries: the tokens of the window whose output is wanted.
         """
         cfg = model.cfg
@@ -161,8 +167,12 @@ class Window:
             projected("v", normalized),
             clean,
             queries=queries,
-            edit_scores=edits.get("attn_scores", lambda scores: scores),
+            edits=edits,
         )
         if "z" in edits:
             z = edits["z"](z)
         return head_outputs(model, layer, z, list(range(cfg.n_heads))) + block.attn.b_O
+
+
+def _unchanged(activation: Tensor) -> Tensor:
+    return activation

@@ -36,6 +36,9 @@ SHARED_SETTINGS = (
 """What two models must have in common for the activations of one to mean the same in the other.
 Rotary tables are compared too, since scaled ones follow from many settings."""
 
+ROTARY_TOKENS = 512
+"""How far the rotary embeddings of two bridges, which keep no table, are compared."""
+
 INPUT_POINTS = {"q": "q", "k": "rot_k", "v": "v"}
 """Where each input of a head is read in the source model's run."""
 
@@ -59,7 +62,7 @@ def check_same_architecture(one: Model, other: Model) -> None:
                 "activations can only be patched between models of one architecture."
             )
     for layer in range(one.cfg.n_layers):
-        if not _same_rotary(one.blocks[layer].attn, other.blocks[layer].attn):
+        if not _same_rotary(one, other, layer):
             raise InputError(
                 f"The models differ in the rotary embedding of layer {layer}; "
                 "activations can only be patched between models of one architecture."
@@ -132,15 +135,15 @@ def patch_from_model(
 class ReplaceKeys:
     """Let some heads, at one token of each prompt, compare their query with other keys.
 
-    One edit for two hook points of a layer: at `q` it takes note of the queries, at `attn_scores`
-    it writes their scores with the other keys. The query stays the run's own; so do the scores of
-    every other token, and of heads that share a key vector. What a token can't see stays hidden.
+    One edit for two hook points of a layer: at `rot_q` it takes note of the queries, at
+    `attn_scores` it writes their scores with the other keys. The query stays the run's own; so do
+    the scores of every other token, and of heads that share a key vector. What a token can't see
+    stays hidden.
 
     Attributes:
         positions: the token edited in each prompt.
         heads: indices of the query heads.
-        keys: for every token the key as this token's query sees it: turned by the rotary embedding
-            of the distance between the two (`keys_as_seen`).
+        keys: the other key of every token, after the rotary embedding (`rot_k`).
         scale: what scores are divided by.
         noted: the queries, on their way from the one hook point to the other.
     """
@@ -154,7 +157,7 @@ class ReplaceKeys:
     def __call__(self, activation: Tensor, hook: Any) -> Tensor:
         point, _ = point_and_layer(hook.name)
         batch, length, _, d_head = self.keys.shape
-        if point == "q":
+        if point == "rot_q":
             _check_axes(activation, hook, (batch, None, None, d_head))
             self.noted[:] = [activation[_entries(self, activation, hook, token_axis=1)]]
             return activation
@@ -293,13 +296,8 @@ def input_hooks(
             # Keys ahead of values: the weights that values get are those of the other keys.
             if "k" in inputs:
                 keys = _of_heads(cache, "rot_k", layer, indices, into)
-                edit = ReplaceKeys(
-                    where,
-                    torch.tensor(indices),
-                    keys_as_seen(into, prompts, layer, keys, where),
-                    float(into.blocks[layer].attn.attn_scale),
-                )
-                hooks += [(hook_point(name, layer), edit) for name in ("q", "attn_scores")]
+                edit = ReplaceKeys(where, torch.tensor(indices), keys, into.cfg.d_head**0.5)
+                hooks += [(hook_point(name, layer), edit) for name in ("rot_q", "attn_scores")]
             if "v" in inputs:
                 values = _of_heads(cache, "v", layer, indices, into)
                 edit = ReplaceValues(where, torch.tensor(indices), values)
@@ -307,47 +305,28 @@ def input_hooks(
     return hooks
 
 
-@checked
-def keys_as_seen(
-    model: Model,
-    prompts: PromptBatch,
-    layer: int,
-    keys: Float[Tensor, "batch pos heads d_head"],
-    positions: Int[Tensor, " batch"],
-) -> Float[Tensor, "batch pos heads d_head"]:
-    """Keys turned back by the rotary embedding of one token of each prompt, so that their product
-    with that token's query as it is ahead of its own rotary embedding is the attention score.
-
-    Args:
-        model: the model, for its rotary embedding.
-        prompts: the prompts, for their padding.
-        layer: the layer.
-        keys: keys after the rotary embedding (`rot_k`).
-        positions: the token of each prompt that sees them.
-    """
-    attn = model.blocks[layer].attn
-    dim = model.cfg.rotary_dim
-    # The rotary embedding counts tokens without padding.
-    index = (prompts.mask.long().cumsum(1) - 1).gather(
-        1, positions[:, None].to(prompts.mask.device)
-    )
-    index = index.to(keys.device)
-    turned, rest = keys[..., :dim], keys[..., dim:]
-    cos = attn.rotary_cos.to(keys)[index][:, :, None]
-    sin = attn.rotary_sin.to(keys)[index][:, :, None]
-    turned = turned * cos - attn.rotate_every_two(turned) * sin
-    return torch.cat([turned, rest], -1)
-
-
-def _same_rotary(one: Any, other: Any) -> bool:
-    if not hasattr(one, "rotary_cos"):
-        return True
+def _same_rotary(one: Model, other: Model, layer: int) -> bool:
+    ours, theirs = _rotary_tables(one, layer), _rotary_tables(other, layer)
     # TransformerLens lengthens the tables as prompts need it.
-    length = min(len(one.rotary_cos), len(other.rotary_cos))
     return all(
-        torch.allclose(ours[:length].float(), theirs[:length].float().to(ours.device), atol=1e-2)
-        for ours, theirs in ((one.rotary_cos, other.rotary_cos), (one.rotary_sin, other.rotary_sin))
+        torch.allclose(a[:length].float(), b[:length].float().to(a.device), atol=1e-2)
+        for a, b in zip(ours, theirs, strict=True)
+        for length in (min(len(a), len(b)),)
     )
+
+
+def _rotary_tables(model: Model, layer: int) -> list[Tensor]:
+    """Cosines and sines by token; none for a model without."""
+    attn = model.blocks[layer].attn
+    if isinstance(model, HookedTransformer):
+        return [attn.rotary_cos, attn.rotary_sin] if hasattr(attn, "rotary_cos") else []
+    # One for all layers, as in Hugging Face's models.
+    rotary = getattr(model, "rotary_emb", None)
+    if rotary is None:
+        return []
+    tokens = torch.arange(ROTARY_TOKENS, device=model.cfg.device)
+    cos, sin = rotary(torch.zeros(1, device=model.cfg.device), tokens[None])
+    return [cos[0], sin[0]]
 
 
 def _check_inputs(inputs: str) -> None:
@@ -358,9 +337,6 @@ def _check_inputs(inputs: str) -> None:
 def _check_plain_attention(model: Model) -> None:
     cfg = model.cfg
     obstacles: Mapping[str, bool] = {
-        'it is a TransformerBridge, which keeps no rotary table; load it with backend="hooked"': (
-            not isinstance(model, HookedTransformer)
-        ),
         "its positions are not rotary": cfg.positional_embedding_type != "rotary",
         "it normalises queries and keys": bool(cfg.use_qk_norm)
         or cfg.original_architecture

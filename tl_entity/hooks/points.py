@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
+    PositionEmbeddingsAttentionBridge,
+)
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
@@ -19,6 +23,7 @@ _POINTS = {
     "q": "attn.hook_q",
     "k": "attn.hook_k",
     "v": "attn.hook_v",
+    "rot_q": "attn.hook_rot_q",
     "rot_k": "attn.hook_rot_k",
     "attn_scores": "attn.hook_attn_scores",
     "pattern": "attn.hook_pattern",
@@ -37,7 +42,7 @@ FINAL_NORMALIZED = "ln_final.hook_normalized"
 def hook_point(name: str, layer: int) -> str:
     """The full name of a hook point in a layer: `hook_point("z", 3)` is `blocks.3.attn.hook_z`.
 
-    Names: q, k, v, rot_k, attn_scores, pattern, z, attn_out, mlp_out, resid_pre, resid_mid,
+    Names: q, k, v, rot_q, rot_k, attn_scores, pattern, z, attn_out, mlp_out, resid_pre, resid_mid,
     resid_post.
 
     Raises:
@@ -94,21 +99,53 @@ def separate_kv_heads(model: Model) -> Generator[None, None, None]:
     the vector of one query head changes alone and its siblings keep theirs.
 
     Raises:
-        InputError: if they are shared in a TransformerBridge, whose hooks come before the sharing.
+        InputError: if the model is a TransformerBridge whose attention is not that of a Llama.
     """
-    shared = n_kv_heads(model.cfg) != model.cfg.n_heads
-    if not isinstance(model, HookedTransformer):
-        if shared:
-            raise InputError(
-                f"In this TransformerBridge {model.cfg.n_heads} query heads share "
-                f"{n_kv_heads(model.cfg)} keys and values, which its hooks can't edit for one "
-                'head alone. Load the model with backend="hooked".'
-            )
+    with ExitStack() as stack:
+        if n_kv_heads(model.cfg) == model.cfg.n_heads:
+            pass
+        elif isinstance(model, HookedTransformer):
+            stack.enter_context(_held(model.cfg, "ungroup_grouped_query_attention", True))
+        else:
+            for block in model.blocks:
+                _separate_in_bridge(block.attn, model.cfg, stack)
         yield
-        return
-    before = model.cfg.ungroup_grouped_query_attention
-    model.cfg.ungroup_grouped_query_attention = shared
+
+
+def _separate_in_bridge(attn: Any, cfg: Any, stack: ExitStack) -> None:
+    """A bridge repeats shared keys and values after its hooks. Here its projections do it, ahead of
+    them, and nothing is left for it to repeat."""
+    of_huggingface = attn.original_component
+    conversions = [
+        getattr(getattr(attn, name).hook_out, "hook_conversion", None) for name in ("k", "v")
+    ]
+    plain = isinstance(attn, PositionEmbeddingsAttentionBridge)
+    if (
+        not plain
+        or "k_norm" in attn.submodules
+        or not hasattr(of_huggingface, "num_key_value_groups")
+        or any(getattr(conversion, "n_heads", None) is None for conversion in conversions)
+    ):
+        raise InputError(
+            "Keys and values that query heads share can't be set apart in this TransformerBridge, "
+            'whose attention is not that of a Llama; load the model with backend="hooked".'
+        )
+
+    def repeat(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        apart = output.unflatten(-1, (-1, cfg.d_head))
+        return apart.repeat_interleave(cfg.n_heads // n_kv_heads(cfg), -2).flatten(-2)
+
+    stack.enter_context(_held(of_huggingface, "num_key_value_groups", 1))
+    for projection, conversion in zip((attn.k, attn.v), conversions, strict=True):
+        stack.enter_context(_held(conversion, "n_heads", cfg.n_heads))
+        stack.callback(projection.original_component.register_forward_hook(repeat).remove)
+
+
+@contextmanager
+def _held(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        model.cfg.ungroup_grouped_query_attention = before
+        setattr(owner, name, before)
