@@ -116,6 +116,14 @@ def test_each_method_has_a_command_that_shares_what_is_finished(capsys, model, t
     assert "base: knockout" in said and "base: struct_reader" not in said
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["only"] == ["knockout"]
+    assert main(["reproduce", *given, "--only", "base_heatmaps,masks"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["only"] == ["knockout", "dcm"]
+    assert {"knockout", "dcm"} <= results["models"]["base"].keys()
+    capsys.readouterr()
+    for wrong, why in ((",", "Say which"), ("heat", "no experiment, figure or table heat")):
+        assert main(["reproduce", *given, "--only", wrong]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_a_run_says_what_it_found_and_where(capsys, model, tmp_path):

@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, dest="command"
+    )
     _add_reproduce(commands)
     _add_train(commands)
     _add_finetune(commands)
@@ -85,6 +87,7 @@ METHODS = {
     "completeness": "the circuit and the model without the same heads",
     "minimality": "what the circuit loses with each of its heads",
     "attention": "what the circuit's heads attend to",
+    "dcm": "which heads of each group carry what, by learned masks",
     "information": "what each group carries: DCM, then activation patching",
     "knockout": "where information passes between tokens, by attention knockout",
     "cmap": "heads of one model in the other, both ways",
@@ -108,7 +111,8 @@ def _add_reproduce(commands: "Commands") -> None:
         "--only",
         type=lambda text: tuple(filter(None, text.split(","))),
         metavar="NAMES",
-        help="only these experiments beside accuracy and discovery, separated by commas: "
+        help="only these experiments, or those behind these figures or tables (base_knockout, "
+        "masks), beside accuracy and discovery, separated by commas: "
         + ", ".join(name for name in METHODS if name != "discover"),
     )
     for name, what in METHODS.items():
@@ -423,9 +427,10 @@ def _reproduce(options: argparse.Namespace) -> None:
     from tl_entity.study.experiments import silent
     from tl_entity.study.report import summary
     from tl_entity.study.reproduce import reproduce
-    from tl_entity.study.settings import GROUPS, Settings
+    from tl_entity.study.settings import GROUPS, Settings, experiments_for
     from tl_entity.study.store import REPORT, to_json
 
+    by_name = options.command == "reproduce" and options.only is not None
     tuned = options.tuned or (options.base if options.tuned_adapter else "default-tuned")
     settings = Settings(
         base=options.base,
@@ -440,7 +445,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         random_circuits=options.random_circuits,
         mask_pairs=options.mask_pairs,
         draws=options.draws,
-        only=options.only,
+        # A method's own command may ask for nothing more than the circuits.
+        only=experiments_for(options.only or ()) if options.only or by_name else options.only,
         all_pairs=options.all_pairs,
         seed=options.seed,
         engine=options.engine,
@@ -457,6 +463,7 @@ def _reproduce(options: argparse.Namespace) -> None:
             options.out,
             progress=silent if quiet else _bar,
             say=_unheard if quiet else _note,
+            join=True,
             log=_note if options.verbose and is_first() else _unheard,
         )
         if is_first() and options.json:

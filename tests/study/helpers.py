@@ -1,6 +1,7 @@
 """A tiny random checkpoint that speaks the box task, in a folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,7 +11,7 @@ from tl_entity.training.tokenizer import VOCABULARY, save_tokenizer
 N_LAYERS, N_HEADS = 3, 4
 
 
-def save_tiny_model(folder: Path, *, seed: int) -> Path:
+def save_tiny_model(folder: Path, *, seed: int, **changes: Any) -> Path:
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=32,
@@ -22,6 +23,7 @@ def save_tiny_model(folder: Path, *, seed: int) -> Path:
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=2,
+        **changes,
     )
     generator = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM(config)

@@ -24,7 +24,7 @@ from tl_entity.study.figures import figures_of
 from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.report import command
 from tl_entity.study.reproduce import model_fingerprint, reproduce
-from tl_entity.study.settings import GROUPS, Settings
+from tl_entity.study.settings import GROUPS, Settings, experiments_for
 from tl_entity.tasks.boxes import box_prompts
 from tl_entity.tasks.pairs import discovery_pairs
 
@@ -333,3 +333,65 @@ def test_a_base_and_an_adapter_on_it(tmp_path):
     assert f"--tuned-adapter {tmp_path / 'lora'}" in words and "--base-adapter" not in words
     with pytest.raises(InputError, match="no such model"):
         Settings(base=str(base), tuned=None, tuned_adapter=str(tmp_path / "lora"))
+
+
+def test_names_of_figures_and_tables_stand_for_their_experiments():
+    assert experiments_for(["base_knockout", "masks", "knockout"]) == ("knockout", "dcm")
+    assert experiments_for(["cmap_tuned_into_base", "tuned_carries_own_heads"]) == (
+        "cmap",
+        "information",
+    )
+    # Always done.
+    assert experiments_for(["base_heatmaps", "circuits"]) == ()
+    with pytest.raises(InputError, match="no experiment, figure or table heat"):
+        experiments_for(["heat"])
+    with pytest.raises(InputError, match="Say which"):
+        experiments_for([])
+
+
+def test_every_figure_and_table_can_be_asked_for(done):
+    out, _ = done
+    names = [path.stem for kind in ("figures/*.html", "tables/*.csv") for path in out.glob(kind)]
+    assert len(names) > 20
+    for name in names:
+        experiments_for([name])
+
+
+def test_models_of_another_make_are_told_apart_before_any_work(settings, tmp_path):
+    other = save_tiny_model(tmp_path / "scaled", seed=2, rope_theta=20000.0)
+    apart = replace(settings, tuned=str(other), only=("cmap",))
+    watch = Watch()
+    with pytest.raises(InputError, match="There can be no cmap: The models differ in rotary_base"):
+        reproduce(apart, tmp_path / "refused", progress=watch)
+    assert not watch.seen and not (tmp_path / "refused").exists()
+    with pytest.raises(InputError, match="There can be no comparison: there is one model alone"):
+        reproduce(replace(settings, tuned=None, only=("comparison",)), tmp_path / "alone")
+    # Where nothing of the kind is asked for, each is studied by itself, and the report says why.
+    results = reproduce(replace(apart, only=("faithfulness",)), tmp_path / "each")
+    assert results["models"]["tuned"]["faithfulness"]["other_circuits"] == {}
+    assert results["cmap"] == {} and results["same_circuit"] is None
+    page = (tmp_path / "each" / "report.html").read_text()
+    assert "could not be compared head by head: The models differ in rotary_base" in page
+
+
+def test_a_second_command_in_a_folder_keeps_what_the_first_one_found(settings, tmp_path):
+    alone = replace(settings, tuned=None, only=("faithfulness",))
+    reproduce(alone, tmp_path, join=True)
+    watch = Watch()
+    both = reproduce(replace(alone, only=("knockout",)), tmp_path, progress=watch, join=True)
+    assert both["settings"]["only"] == ("faithfulness", "knockout")
+    assert {"faithfulness", "knockout"} <= both["models"]["base"].keys()
+    assert watch.seen == ["base: knockout"]
+    other = reproduce(replace(alone, only=("knockout",), seed=4), tmp_path, join=True)
+    assert "faithfulness" not in other["models"]["base"]
+
+
+def test_the_engine_is_part_of_what_an_outcome_depends_on(settings, tmp_path):
+    alone = replace(settings, tuned=None, only=("faithfulness",))
+    exact = reproduce(alone, tmp_path)
+    watch = Watch()
+    hooks = reproduce(replace(alone, engine="hooks"), tmp_path, progress=watch)
+    assert "base: faithfulness" in watch.seen
+    for results in (exact, hooks):
+        del results["settings"]
+    assert hooks["models"]["base"]["faithfulness"] == exact["models"]["base"]["faithfulness"]

@@ -193,7 +193,7 @@ def _knockout(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> s
         "<p>One token no longer sees another, from a layer up. While accuracy stays low, what is "
         "needed passes between the two in that layer or above; where the curve is back at the "
         "whole model's, it has passed. In grey, the same for tokens drawn at random. Published for "
-        "Llama-7B (32 layers, counted from 1), last token to correct object: "
+        "Llama-7B (32 layers, counted from 0), last token to correct object: "
         f"{published}.</p>"
         + "".join(
             figure_element(figures, f"{role}_knockout", "Bands: 95 % Wilson intervals.")
@@ -245,7 +245,7 @@ def _cmap(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -
                 "accuracy": "accuracy",
                 "low": "low",
                 "high": "high",
-                "recovered": "share of the gain",
+                "recovered": "share of the difference",
                 "recovered_low": "low",
                 "recovered_high": "high",
             },

@@ -51,7 +51,7 @@ PUBLISHED_CMAP: dict[str, dict[str, float]] = {
 
 PUBLISHED_KNOCKOUT: dict[int, float] = {16: 0.06, 20: 0.21, 24: 0.56, 31: 0.65}
 """Llama-7B's accuracy when the last token no longer sees the correct object from a layer up, by
-that layer (of 32, counted from 1)."""
+that layer (of 32, counted from 0 as everywhere here; the released file counts from 1)."""
 
 CITATION = (
     "Prakash, Shaham, Haklay, Belinkov, Bau: Fine-Tuning Enhances Existing Mechanisms: "

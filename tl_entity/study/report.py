@@ -83,7 +83,7 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
         ("again", "Settings, versions, running it again", _settings_section(content)),
     ]
     links = "".join(f'<a href="#{name}">{escape(text)}</a> ' for name, text, _ in sections)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(models, problem))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(content, problem))
     body = (
         f"<h1>Entity tracking in {escape(title)}</h1>"
         f'<p class="soft">Prompts of {settings["boxes"]} boxes, such as <q>The apple is in Box E, '
@@ -127,10 +127,13 @@ def _has(models: dict[str, Any], experiment: str) -> bool:
     return all(experiment in model for model in models.values())
 
 
-def _notes(models: dict[str, Any], problem: str | None) -> Iterable[str]:
+def _notes(content: dict[str, Any], problem: str | None) -> Iterable[str]:
+    models = content["models"]
     if any(model["planted"] for model in models.values()):
         names = " and ".join(model["label"] for model in models.values() if model["planted"])
         yield f"The circuit of {names} {PLANTED_NOTE}"
+    if len(models) > 1 and content["not_compared"] is not None:
+        yield f"The two models could not be compared head by head: {content['not_compared']}"
     if problem is not None:
         yield problem
 

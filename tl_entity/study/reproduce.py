@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
-from tl_entity.hooks.points import n_kv_heads
+from tl_entity.hooks.cross_model import check_same_architecture
 from tl_entity.methods.discovery import Discovery
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY
@@ -42,7 +42,7 @@ from tl_entity.study.information import learn_what_groups_carry, patch_what_grou
 from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.necessity import measure_completeness, measure_minimality
 from tl_entity.study.report import figure_page, render_report
-from tl_entity.study.settings import GROUPS, Settings, resolve_sizes
+from tl_entity.study.settings import GROUPS, OF_TWO_MODELS, Settings, resolve_sizes
 from tl_entity.study.store import (
     REPORT,
     RESULTS,
@@ -67,13 +67,11 @@ class Facts:
     Attributes:
         n_layers: its layers.
         n_heads: its heads a layer.
-        architecture: the sizes that two models must share for a head to mean the same in both.
         fingerprint: hash of its weights, sizes and vocabulary.
     """
 
     n_layers: int
     n_heads: int
-    architecture: dict[str, Any]
     fingerprint: str
 
 
@@ -85,6 +83,7 @@ def reproduce(
     progress: Progress = silent,
     say: Callable[[str], object] = lambda message: None,
     log: Callable[[str], object] = lambda message: None,
+    join: bool = False,
 ) -> Record:
     """Run every experiment that is not done yet, and write results, figures and report.
 
@@ -98,6 +97,8 @@ def reproduce(
         progress: shows what goes on.
         say: told what else a person should know.
         log: told of each step, how long it took or that it was found finished.
+        join: bring what the folder's results.json already has into the new one too, if it was made
+            with the same settings; those steps are found finished.
 
     Returns:
         What results.json holds.
@@ -112,15 +113,21 @@ def reproduce(
     facts = {role: inspect(settings, role) for role in settings.models}
     head_counts = [fact.n_layers * fact.n_heads for fact in facts.values()]
     sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
+    apart = _why_apart(settings)
+    asked = OF_TWO_MODELS & set(settings.only or ())
+    if apart is not None and asked:
+        raise InputError(f"There can be no {' and no '.join(sorted(asked))}: {apart}")
     store = Store(out, log)
     versions = _versions()
     code = _code_fingerprint()
+    if join:
+        resolved = {"sizes": sizes, "receiver_sizes": receiver_sizes}
+        settings = _joined(settings, resolved, out / RESULTS, {"code": code, **versions})
     labels = _labels(settings)
     benches: dict[str, Bench] = {}
     discoveries: dict[str, Discovery] = {}
     seeds: dict[str, int] = {}
     models: Record = {}
-    same_heads = len({fingerprint(fact.architecture) for fact in facts.values()}) == 1
     for role, name in settings.models.items():
         model = _load(settings, role)
         inputs = {
@@ -129,10 +136,11 @@ def reproduce(
             "versions": {package: versions[package] for package in COMPUTING},
             "batch_size": settings.batch_size,
             "matmul_precision": settings.matmul_precision,
+            "engine": settings.engine,
             "device": torch.device(model.cfg.device or "cpu").type,
         }
         bench = Bench(role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds)
-        others = {r: (d.circuit, models[r]) for r, d in discoveries.items() if same_heads}
+        others = {r: (d.circuit, models[r]) for r, d in discoveries.items() if apart is None}
         models[role], discoveries[role] = _study_model(bench, others)
         benches[role] = bench
         models[role] |= {
@@ -154,12 +162,13 @@ def reproduce(
             "receiver_sizes": receiver_sizes,
         },
         "seeds": seeds,
-        "versions": {**versions, "python": platform.python_version()},
+        "versions": {**versions, "code": code, "python": platform.python_version()},
         "models": models,
+        "not_compared": apart,
         "same_circuit": None,
         "cmap": {},
     }
-    if len(benches) == 2 and same_heads:
+    if apart is None:
         base, tuned = benches["base"], benches["tuned"]
         if settings.wants("comparison"):
             results["same_circuit"] = compare_discoveries(
@@ -199,15 +208,18 @@ def inspect(settings: Settings, role: str) -> Facts:
             f"{name} takes prompts of {model.cfg.n_ctx} tokens; {settings.boxes} boxes need "
             f"{length}. Ask for fewer boxes."
         )
-    cfg = model.cfg
-    architecture = {
-        "n_layers": cfg.n_layers,
-        "n_heads": cfg.n_heads,
-        "n_key_value_heads": n_kv_heads(cfg),
-        "d_head": cfg.d_head,
-        "d_model": cfg.d_model,
-    }
-    return Facts(cfg.n_layers, cfg.n_heads, architecture, model_fingerprint(model))
+    return Facts(model.cfg.n_layers, model.cfg.n_heads, model_fingerprint(model))
+
+
+def _why_apart(settings: Settings) -> str | None:
+    """Why nothing of one model can be put into the other; None if it can."""
+    if settings.tuned is None:
+        return "there is one model alone."
+    try:
+        check_same_architecture(_load(settings, "base"), _load(settings, "tuned"))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 @checked
@@ -222,6 +234,27 @@ def model_fingerprint(model: HookedTransformer) -> str:
         data = parameter.detach().cpu().contiguous().reshape(-1)
         found.update(data.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _joined(
+    settings: Settings, resolved: Record, before: Path, versions: dict[str, str]
+) -> Settings:
+    """The settings, asking also for what earlier results of the same settings hold."""
+    try:
+        earlier = json.loads(before.read_text(encoding="utf-8"))
+        theirs, their_versions = dict(earlier["settings"]), earlier["versions"]
+        their_only = theirs["only"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return settings
+    ours = json.loads(to_json({**dataclasses.asdict(settings), **resolved}))
+    for shown in ("only", "png"):
+        ours.pop(shown)
+        theirs.pop(shown, None)
+    same_code = all(their_versions.get(name) == version for name, version in versions.items())
+    if ours != theirs or not same_code or settings.only is None:
+        return settings
+    both = None if their_only is None else tuple(dict.fromkeys([*their_only, *settings.only]))
+    return dataclasses.replace(settings, only=both)
 
 
 def _check_device(device: str | None) -> None:
@@ -276,8 +309,9 @@ def _study_model(
         record["minimality"] = measure_minimality(bench, circuit)
     if wants("attention"):
         record["attention"] = look_at_attention(bench, circuit)
-    if wants("information"):
+    if wants("dcm") or wants("information"):
         record["dcm"] = learn_what_groups_carry(bench, circuit)
+    if wants("information"):
         carried = {"own": patch_what_groups_carry(bench, circuit, record["dcm"], bench.role)}
         for role, (other, known) in others.items():
             carried[role] = patch_what_groups_carry(bench, other, known["dcm"], role)

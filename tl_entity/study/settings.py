@@ -1,7 +1,7 @@
 """What the main job is asked to do, and what it takes where nothing is said."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +18,32 @@ EXPERIMENTS: tuple[str, ...] = (
     "completeness",
     "minimality",
     "attention",
+    "dcm",
     "information",
     "knockout",
     "cmap",
     "comparison",
 )
 """What can be asked for by itself."""
+
+SHOWN_BY: Mapping[str, str | None] = {
+    "accuracy": None,
+    "heatmaps": None,
+    "circuit": None,
+    "circuits": None,
+    "masks": "dcm",
+    "carries": "information",
+    "carries_own_heads": "information",
+    "carries_base_heads": "information",
+    "cmap_tuned_into_base": "cmap",
+    "cmap_base_into_tuned": "cmap",
+    "verdict": "comparison",
+}
+"""The experiment behind a figure or table of another name; None for what is always done. Names of
+figures may have the model's role in front."""
+
+OF_TWO_MODELS = frozenset({"cmap", "comparison"})
+"""Experiments that need a second model, of the same architecture."""
 
 PAPER_HEADS = 1024
 PAPER_SIZES = (40, 7, 20, 5)
@@ -123,6 +143,32 @@ class Settings:
     def planted(self, role: str) -> Circuit | None:
         """The circuit planted in a model, if one was and no adapter has changed it since."""
         return planted(self.models[role]) if self.adapters[role] is None else None
+
+
+@checked
+def experiments_for(names: Iterable[str]) -> tuple[str, ...]:
+    """The experiments behind names of experiments, figures and tables, such as `base_knockout`.
+
+    Raises:
+        InputError: if there is no name, or one is none of these.
+    """
+    found: dict[str, None] = {}
+    names = tuple(names)
+    for name in names:
+        bare = name.removeprefix("base_").removeprefix("tuned_")
+        shown = next((known for known in (name, bare) if known in (*EXPERIMENTS, *SHOWN_BY)), None)
+        if shown is None:
+            others = ", ".join(SHOWN_BY)
+            raise InputError(
+                f"There is no experiment, figure or table {name}; there are "
+                f"{', '.join(EXPERIMENTS)}, and the figures and tables {others}."
+            )
+        experiment = SHOWN_BY.get(shown, shown)
+        if experiment is not None:
+            found[experiment] = None
+    if not names:
+        raise InputError("Say which experiments, figures or tables are wanted.")
+    return tuple(found)
 
 
 @checked
