@@ -1,5 +1,6 @@
 """Figures of what the circuit's heads do: what they carry, where it passes, what they bring."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -141,19 +142,29 @@ def _completeness(model: dict[str, Any]) -> go.Figure:
 
 
 def _minimality(model: dict[str, Any]) -> go.Figure:
-    series: dict[str, dict[str, Bar]] = {}
-    for entry in model["minimality"]["entries"]:
+    entries = model["minimality"]["entries"]
+    finite = [e["score"] for e in entries if not _is_infinite(e)]
+    highest = max([1.0, *finite, *(e["interval"][1] for e in entries if not _is_infinite(e))])
+    series: dict[str, dict[str, Bar]] = {group_words(entry["group"]): {} for entry in entries}
+    for entry in entries:
         value, (low, high) = entry["score"], entry["interval"]
-        if isinstance(value, str) or low is None:
-            continue  # infinite: said in the table
+        if _is_infinite(entry):
+            # As high as the figure, and said so: these heads are the most needed of all.
+            value = low = high = highest
         name = str(Head(*entry["head"])) + ("" if entry["kept"] else " (dropped)")
-        series.setdefault(group_words(entry["group"]), {})[name] = Bar(value, low, high)
+        name += " ∞" if _is_infinite(entry) else ""
+        series[group_words(entry["group"])][name] = Bar(value, low, high)
     figure = grouped_bars(
         series, title=f"{model['label']}: what the circuit loses with each head", axis="minimality"
     )
     figure.update_yaxes(range=None, autorange=True, tickformat=".0%", dtick=None)
     figure.update_layout(barmode="overlay")
     return figure
+
+
+def _is_infinite(entry: dict[str, Any]) -> bool:
+    bounds = (entry["score"], *entry["interval"])
+    return any(bound is None or isinstance(bound, str) or math.isinf(bound) for bound in bounds)
 
 
 def _knockout(model: dict[str, Any]) -> go.Figure:
@@ -165,15 +176,13 @@ def _knockout(model: dict[str, Any]) -> go.Figure:
         bars = zip(control["mean"], control["lowest"], control["highest"], strict=True)
         curves.append(
             Curve(
-                f"{position_words(curve['from'])} to random tokens",
+                f"{name.split(' to ')[0]} to random tokens, not the {name.split(' to ')[1]}",
                 tuple(Bar(*bar) for bar in bars),
                 faint=True,
             )
         )
-    # The same control would be drawn once for every pair that begins at the same token.
-    unique = {curve.name: curve for curve in curves}
     return layer_curves(
-        list(unique.values()),
+        curves,
         title=f"{model['label']}: attention knocked out from a layer up",
         whole=accuracy_bar(model["knockout"]["curves"][0]["whole"]),
         axis="first knocked-out layer",

@@ -163,7 +163,7 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
                 figures,
                 f"{role}_minimality",
                 "Heads by group, 95 % bootstrap intervals. Where nothing is left without a head, "
-                "its minimality is infinite, and only the table has it.",
+                "its minimality is infinite: drawn to the top, and marked.",
             )
             for role in content["models"]
         )
@@ -185,6 +185,9 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
     )
 
 
+_KNOCKOUT_BANDS = "Bands: 95 % Wilson intervals; of the grey curves, the lowest and highest draw."
+
+
 def _knockout(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> str:
     published = ", ".join(
         f"{accuracy:.2f} from layer {layer}" for layer, accuracy in PUBLISHED_KNOCKOUT.items()
@@ -195,10 +198,7 @@ def _knockout(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> s
         "whole model's, it has passed. In grey, the same for tokens drawn at random. Published for "
         "Llama-7B (32 layers, counted from 0), last token to correct object: "
         f"{published}.</p>"
-        + "".join(
-            figure_element(figures, f"{role}_knockout", "Bands: 95 % Wilson intervals.")
-            for role in roles
-        )
+        + "".join(figure_element(figures, f"{role}_knockout", _KNOCKOUT_BANDS) for role in roles)
         + "<details><summary>As a table</summary>"
         + frame_table(
             tables["knockout"],

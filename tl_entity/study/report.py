@@ -447,6 +447,18 @@ def _paper_section(content: dict[str, Any]) -> str:
         ]
         for model in content["models"].values()
     ]
+    for model in content["models"].values():
+        rows += [
+            [
+                f"{escape(model['label'])} (here, with the heads of "
+                f"{escape(content['models'][role]['label'])})",
+                share_text(found["model"]),
+                share_text(found["circuit"]),
+                ratio_text(found),
+                "/".join(str(len(content["models"][role]["circuit"][group])) for group in GROUPS),
+            ]
+            for role, found in model["faithfulness"]["other_circuits"].items()
+        ]
     rows += [
         [
             f"{paper.name} (published, 7 boxes)",
@@ -461,9 +473,9 @@ def _paper_section(content: dict[str, Any]) -> str:
     return (
         f"<p>Published figures from {escape(CITATION)}. They are of other, far larger models, and "
         "are set here to show which quantities correspond, not to be matched. The published "
-        "circuit accuracies are all of the circuit found in Llama-7B, run inside each model; ours "
-        "are of each model's own circuit. Random circuits answered from "
-        f"{low:g} to {high:g} right there.</p>"
+        "circuit accuracies are all of the circuit found in Llama-7B, run inside each model: "
+        "what corresponds here is the fine-tuned model with the base's heads. Random circuits "
+        f"answered from {low:g} to {high:g} right there.</p>"
         + table(["model", "accuracy", "of the circuit", "faithfulness", "heads A/B/C/D"], rows)
     )
 
