@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,12 @@ def test_every_page_has_its_place_in_the_contents(site):
     contents = (site / "index.html").read_text(encoding="utf-8")
     for page in sorted((ROOT / "docs").rglob("*.md")):
         assert page.relative_to(ROOT / "docs").with_suffix(".html").as_posix() in contents
+
+
+def test_every_number_of_a_study_is_that_of_its_files():
+    script = runpy.run_path(str(ROOT / "docs" / "studies" / "qwen.py"))
+    kept = (ROOT / "docs" / "studies" / "qwen.md").read_text(encoding="utf-8")
+    assert script["page"]() == kept
 
 
 def test_the_reference_has_every_public_name(site):

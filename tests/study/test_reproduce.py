@@ -288,7 +288,7 @@ def test_names_of_models_are_escaped(done, results):
     links.feed(page)
     assert "first&lt;b&gt;" in page
     # The only b elements are those of the key and the answers of the verdict.
-    assert links.tags.count("b") == 2 + len(results["verdict"]) == 7
+    assert links.tags.count("b") == 2 + len(results["verdict"]) == 8
 
 
 def test_the_command_to_run_again_gives_the_same_settings(results, settings, tmp_path):

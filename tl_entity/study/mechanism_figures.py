@@ -54,25 +54,26 @@ def information_words(desideratum: str) -> str:
 
 
 def main_information(model: dict[str, Any], heads: str = "own") -> dict[str, str]:
-    """For each group the kind of information that its heads carry best, if any beats the run with
-    nothing patched: the intervals of the two must be apart."""
+    """For each group the kind of information that its heads carry, if one stands out: its interval
+    lies above those of every other kind, and above that of the run with nothing patched."""
     if "information" not in model:
         return {}
     entries = {
-        (entry["group"], entry["desideratum"]): entry
+        (entry["group"], entry["desideratum"]): entry["interval"]
         for entry in model["information"][heads]["entries"]
+        if entry["desideratum"] in MAIN_DESIDERATA
     }
     found: dict[str, str] = {}
     for group in GROUPS:
-        best = None
-        for kind in MAIN_DESIDERATA:
-            entry, alone = entries.get((group, kind)), entries.get((UNPATCHED, kind))
-            if entry is None or alone is None or entry["interval"][0] <= alone["interval"][1]:
+        kinds = {kind: interval for (of, kind), interval in entries.items() if of == group}
+        for kind, (low, _) in kinds.items():
+            # Without the unpatched run nothing says that the patch brought it.
+            if (UNPATCHED, kind) not in entries:
                 continue
-            if best is None or entry["accuracy"] > entries[group, best]["accuracy"]:
-                best = kind
-        if best is not None:
-            found[group] = best
+            rivals = [entries[UNPATCHED, kind]]
+            rivals += [interval for other, interval in kinds.items() if other != kind]
+            if all(low > high for _, high in rivals):
+                found[group] = kind
     return found
 
 

@@ -10,7 +10,7 @@ from tl_entity.study.mechanism_figures import group_words, information_words
 from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_KNOCKOUT
 from tl_entity.study.settings import GROUPS
 from tl_entity.study.tables import tables_of
-from tl_entity.study.verdict import headline
+from tl_entity.study.verdict import RULES, headline
 from tl_entity.tasks.desiderata import DESIDERATA
 
 Section = tuple[str, str, str]
@@ -53,13 +53,7 @@ def verdict_section(content: dict[str, Any]) -> str:
     return (
         f'<p class="lead">{escape(headline(findings))}</p>'
         + table(["question", "answer", "what the numbers say"], rows)
-        + '<p class="soft">The answers follow from the numbers by fixed rules: heads are the same '
-        "if the whole interval of the Jaccard index is at least one half and the overlap is beyond "
-        "chance (p below 0.01); a circuit works as well if it is beyond every random circuit and "
-        "has nine tenths of the other's faithfulness; groups carry what brings the target most "
-        "often, if its interval is above that of the run with nothing patched; a group brings the "
-        "gain if its interval of the gain is above that of every other group. Where intervals "
-        "overlap what they would have to be apart from, the data can't tell.</p>"
+        + f'<p class="soft">{escape(RULES)}</p>'
     )
 
 
