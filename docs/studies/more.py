@@ -20,6 +20,7 @@ from tl_entity import (
     Circuit,
     Evaluation,
     Faithfulness,
+    Group,
     Head,
     box_prompts,
     discovery_pairs,
@@ -36,6 +37,9 @@ from tl_entity.tasks.desiderata import MAIN_DESIDERATA, desideratum_draws
 BATCH = 8
 PATCHES = ("output", "q")
 """Of the four patches those that changed anything with few prompts."""
+
+TIMES = (1, 2, 4, 8, 16)
+"""How many times larger the groups of a circuit are made."""
 
 
 def main() -> None:
@@ -70,46 +74,43 @@ def main() -> None:
         name: getattr(options, name)
         for name in ("prompts", "pairs", "checkpoint_prompts", "boxes", "seed")
     }
+    content["alone"], content["sizes"], content["carries"] = {}, {}, {}
     for role, model in models.items():
-        content.setdefault("alone", {})[role] = store.step(
+        content["alone"][role] = store.step(
             f"alone_{role}", inputs, functools.partial(alone, model, circuits, options)
         )[0]
-    for into, source in (("base", "tuned"), ("tuned", "base")):
-        content.setdefault("cmap", {})[f"{source}_into_{into}"] = store.step(
-            f"cmap_{source}_into_{into}",
-            inputs,
-            functools.partial(
-                transfer,
-                models[into],
-                models[source],
-                circuits["base"],
-                options.prompts,
-                options,
-            ),
-        )[0]
     for role, model in models.items():
-        masks = found["models"][role]["dcm"]
-        content.setdefault("carries", {})[role] = store.step(
-            f"carries_{role}",
-            {**inputs, "masks": fingerprint(masks)},
-            functools.partial(carried, model, circuits[role], masks, options),
+        few = {**inputs, "prompts": options.checkpoint_prompts, "times": TIMES}
+        content["sizes"][role] = store.step(
+            f"sizes_{role}",
+            few,
+            functools.partial(by_size, model, circuits[role], found["models"][role], options),
         )[0]
+
+    def patched(into: str, source: str) -> Record:
+        given = (models[into], models[source], circuits["base"], options.prompts, options)
+        name = f"cmap_{source}_into_{into}"
+        return store.step(name, inputs, functools.partial(transfer, *given))[0]
+
+    content["cmap"] = {"tuned_into_base": patched("base", "tuned")}
     if options.checkpoints is not None:
         content["checkpoints"] = {}
         for folder in sorted(options.checkpoints.glob("step-*")):
             step = folder.name.removeprefix("step-").lstrip("0")
+            given = (models["base"], options.model, folder, circuits["base"], options)
             content["checkpoints"][step] = store.step(
                 f"checkpoint_{step}",
-                {**inputs, "prompts": options.checkpoint_prompts, "folder": str(folder)},
-                functools.partial(
-                    along,
-                    models["base"],
-                    options.model,
-                    folder,
-                    circuits["base"],
-                    options,
-                ),
+                {**inputs, "prompts": options.checkpoint_prompts, "folder": folder.name},
+                functools.partial(along, *given),
             )[0]
+    for role, model in models.items():
+        masks = found["models"][role]["dcm"]
+        content["carries"][role] = store.step(
+            f"carries_{role}",
+            {**inputs, "masks": fingerprint(masks)},
+            functools.partial(carried, model, circuits[role], masks, options),
+        )[0]
+    content["cmap"]["base_into_tuned"] = patched("tuned", "base")
     store.write("more.json", to_json(content))
 
 
@@ -135,6 +136,47 @@ def alone(model: HookedTransformer, circuits: dict[str, Circuit], options: Any) 
             "faithfulness_interval": list(share.interval),
         }
     return record, {}
+
+
+def by_size(model: HookedTransformer, circuit: Circuit, found: Record, options: Any) -> Outcome:
+    """What circuits of more heads have alone: each group with the next heads of its score map."""
+    n, boxes, seed = options.checkpoint_prompts, options.boxes, options.seed
+    prompts = box_prompts(model.tokenizer, n, n_boxes=boxes, seed=seed)
+    others = discovery_pairs(model.tokenizer, n, n_boxes=boxes, seed=seed + 1).corrupt
+    means = mean_head_outputs(model, others, batch_size=BATCH)
+    whole = evaluate(model, prompts, batch_size=BATCH)
+    entries = []
+    for times in TIMES:
+        groups: list[Group] = []
+        taken: set[tuple[str, Head]] = set()
+        # A head of both A and B counts as B's, as in the paper.
+        for group in reversed(circuit.groups):
+            scores = found["discovery"][group.name]["scores"]
+            ranked = sorted(
+                (score, Head(layer, head))
+                for layer, row in enumerate(scores)
+                for head, score in enumerate(row)
+                if score is not None and (group.position, Head(layer, head)) not in taken
+            )
+            kept = tuple(head for _, head in ranked[: times * len(group.heads)])
+            taken |= {(group.position, head) for head in kept}
+            groups.insert(0, Group(group.name, group.position, kept))
+        larger = Circuit(tuple(groups))
+        share = Faithfulness.of(
+            evaluate(model, prompts, keep=larger, mean_outputs=means, batch_size=BATCH),
+            whole,
+            seed=seed + 2,
+        )
+        entries.append(
+            {
+                "times": times,
+                "heads": len(larger),
+                **accuracy(share.of_circuit),
+                "faithfulness": share.value,
+                "faithfulness_interval": list(share.interval),
+            }
+        )
+    return {"whole": accuracy(whole), "entries": entries}, {}
 
 
 def transfer(

@@ -63,6 +63,7 @@ def seen(work: Callable[[], Any]) -> int:
     [
         ("last", None, "heads", MEMORY),
         ("place", None, "heads", MEMORY),
+        ("early", None, "heads", MEMORY),
         ("last", "q", "heads", MEMORY),
         ("place", "q", "heads", MEMORY),
         ("place", "k", "heads", MEMORY),
@@ -87,6 +88,18 @@ def test_path_patching(model, pairs, position, receiver_input, senders, memory):
         )
     )
     assert counted(job, model, pairs, memory) == pytest.approx(real, rel=0.02)
+
+
+def test_an_mlp_without_a_gate_has_two_products(pairs):
+    plain = random_model(3, dtype=torch.float32, gated_mlp=False)
+    real = seen(lambda: patched_values(plain, pairs, position="last"))
+    assert counted(PathPatching("last"), plain, pairs) == pytest.approx(real, rel=0.02)
+
+
+def test_what_depends_on_the_prompts_is_not_counted(pairs):
+    cfg = random_model(2, num_experts=3, experts_per_token=2).cfg
+    with pytest.raises(InputError, match="mixture of experts"):
+        PathPatching("last").count(cfg, pairs, MEMORY)
 
 
 @pytest.mark.parametrize("receiver_input", [None, "q"])

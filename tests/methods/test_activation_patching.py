@@ -93,7 +93,7 @@ def test_all_choices_share_one_run_of_each_prompt() -> None:
     done: list[int] = []
     activation_patch_each(model, pairs, CHOICES, batch_size=3, progress=done.append)
     assert sum(runs) == 2 * 7
-    assert done == [3, 3, 1]
+    assert sum(done) == len(CHOICES) * 7
 
 
 @ENGINES

@@ -18,12 +18,13 @@ from tl_entity.exact.blocks import (
     add_mlp,
     attend,
     check_supported,
+    device_of,
     head_outputs,
     project,
     rotate,
-    row_slices,
+    rows_within,
 )
-from tl_entity.exact.memory import memory_budget
+from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.edits import check_ablation_values
 from tl_entity.hooks.points import kv_head
@@ -39,14 +40,15 @@ class AblatedRun:
         model: the model.
         prompts: the prompts.
         values: what ablated heads put out.
-        resid_pre: the residual stream of every token ahead of each layer, in this run.
+        resid_pre: the residual stream of every token ahead of each layer, in this run, where the
+            layer's weights are.
         resid_post: the final residual stream at the answer's token, in this run.
     """
 
     model: Model
     prompts: PromptBatch
     values: Float[Tensor, "layer pos head d_head"]
-    resid_pre: Float[Tensor, "layer batch pos d_model"]
+    resid_pre: tuple[Float[Tensor, "batch pos d_model"], ...]
     resid_post: Float[Tensor, "batch d_model"]
 
     @classmethod
@@ -69,14 +71,15 @@ class AblatedRun:
         n_layers = model.cfg.n_layers
         n_pos = prompts.tokens.shape[1]
         resid = embed(model, prompts)
-        ahead = resid.new_empty(n_layers, *resid.shape)
+        ahead = []
         for layer in range(n_layers):
-            ahead[layer] = resid
+            resid = resid.to(device_of(model, layer))
+            ahead.append(resid)
             written = _written(model, layer, values[layer, :n_pos])
             resid = add_mlp(model, layer, resid + written)
         rows = torch.arange(len(prompts), device=resid.device)
-        last = prompts.position(ANSWER_POSITION)
-        return cls(model, prompts, values, ahead, resid[rows, last])
+        last = prompts.position(ANSWER_POSITION).to(resid.device)
+        return cls(model, prompts, values, tuple(ahead), resid[rows, last])
 
     @checked
     @torch.no_grad()
@@ -107,9 +110,13 @@ class AblatedRun:
         names = tuple(dict.fromkeys(name for heads in kept for name in heads))
         if names:
             tokens = _Tokens.of(self.prompts, names)
-            for some in row_slices(len(order), self._bytes_per_circuit(tokens), memory // 2):
-                chosen = order[some]
-                resid[chosen] = self._recompute(tokens, [kept[index] for index in chosen])
+
+            def compute(chosen: list[int]) -> Tensor:
+                return self._recompute(tokens, [kept[index] for index in chosen])
+
+            size = rows_within(self._bytes_per_circuit(tokens), memory // 2)
+            for some, final in halving(order, size, compute):
+                resid[order[some]] = final
         return resid
 
     def _recompute(
@@ -121,6 +128,8 @@ class AblatedRun:
         top = max(head.layer for heads in kept for some in heads.values() for head in some)
         rows = None
         for layer in range(begins[0], model.cfg.n_layers):
+            tokens = tokens.to(device_of(model, layer))
+            rows = None if rows is None else rows.to(device_of(model, layer))
             here = sum(begin <= layer for begin in begins)
             begun = 0 if rows is None else len(rows)
             if here > begun:
@@ -175,7 +184,7 @@ class AblatedRun:
             block.attn.attn_scale,
         )
         where = torch.stack([tokens.where(_in_layer_at(some, layer), heads) for some in kept])
-        ablated = self.values[layer][:, heads][tokens.index]
+        ablated = self.values[layer].to(q.device)[:, heads][tokens.index]
         return head_outputs(model, layer, (z - ablated) * where[..., None], heads)
 
     def _written_at(self, tokens: "_Tokens", layer: int) -> Float[Tensor, "batch token d_model"]:
@@ -224,6 +233,13 @@ class _Tokens:
             sees_own=(index[:, None] <= index[..., None]) & ~again[:, None],
         )
 
+    def to(self, device: torch.device) -> "_Tokens":
+        """The same tokens, their indices on a device."""
+        if self.index.device == device:
+            return self
+        parts = (self.index, self.sees_ablated, self.sees_own)
+        return _Tokens(self.names, *(part.to(device) for part in parts))
+
     @property
     def rows(self) -> Int[Tensor, "batch one"]:
         """Row index that goes with `index`."""
@@ -250,6 +266,7 @@ def _written(
 ) -> Float[Tensor, "*rows d_model"]:
     """The attention output of given head outputs."""
     every = list(range(model.cfg.n_heads))
+    z = z.to(device_of(model, layer))
     return head_outputs(model, layer, z, every) + model.blocks[layer].attn.b_O
 
 

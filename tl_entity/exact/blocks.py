@@ -56,7 +56,6 @@ def check_supported(model: Model) -> None:
         "it has attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
         "its rotary table changes with length": bool(getattr(cfg, "use_dynamic_ntk_rope", False)),
         "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
-        "its layers are on several devices": getattr(cfg, "n_devices", 1) > 1,
         "it is quantised": bool(getattr(cfg, "load_in_4bit", False)),
         "hooks are attached to it for good": any(
             point.fwd_hooks for point in model.hook_dict.values()
@@ -69,11 +68,21 @@ def check_supported(model: Model) -> None:
             )
 
 
+def device_of(model: Model, layer: int) -> torch.device:
+    """Where a layer's weights are: a model's layers can be spread over several devices."""
+    return model.blocks[layer].attn.W_O.device
+
+
 def row_slices(n_rows: int, bytes_per_row: int, budget: int) -> Iterator[slice]:
     """Slices over `n_rows` that keep each slice within `budget` bytes (at least one row)."""
-    size = max(1, budget // max(1, bytes_per_row))
+    size = rows_within(bytes_per_row, budget)
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
+
+
+def rows_within(bytes_per_row: int, budget: int) -> int:
+    """How many rows take at most `budget` bytes; at least one."""
+    return max(1, budget // max(1, bytes_per_row))
 
 
 def mlp_rows_together(cfg: Any) -> int:
@@ -104,7 +113,7 @@ def unembed(
     tokens: Int[Tensor, "*rows wanted"] | None = None,
 ) -> Float[Tensor, "*rows logits"]:
     """Logits from the final residual stream: of the whole vocabulary, or only of some tokens."""
-    normalized = model.ln_final(resid.flatten(0, -2)[None])
+    normalized = model.ln_final(resid.flatten(0, -2)[None].to(model.unembed.W_U.device))
     if tokens is None:
         return model.unembed(normalized)[0].unflatten(0, resid.shape[:-1])
     w_u, b_u = model.unembed.W_U, model.unembed.b_U
@@ -122,7 +131,7 @@ def log_normalizer(model: Model, resid: Float[Tensor, "*rows d_model"]) -> Float
     The vocabulary is taken a block at a time, so that its logits never leave the processor's cache.
     Nothing is recorded for gradients.
     """
-    normalized = model.ln_final(resid.flatten(0, -2)[None])[0]
+    normalized = model.ln_final(resid.flatten(0, -2)[None].to(model.unembed.W_U.device))[0]
     wide = torch.promote_types(normalized.dtype, torch.float32)
     by_token, bias = model.unembed.W_U.T, model.unembed.b_U
     n_rows = 2 * ROWS_TOGETHER
@@ -183,6 +192,7 @@ def rotate(
     attn = model.blocks[layer].attn
     dim = model.cfg.rotary_dim
     turned, rest = vectors[..., :dim], vectors[..., dim:]
+    positions = positions.to(vectors.device)
     cos = attn.rotary_cos.to(vectors.device)[positions][..., None, :]
     sin = attn.rotary_sin.to(vectors.device)[positions][..., None, :]
     turned = turned * cos + attn.rotate_every_two(turned) * sin

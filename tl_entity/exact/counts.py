@@ -18,8 +18,8 @@ from transformer_lens import HookedTransformerConfig
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import mlp_rows_together, row_slices
-from tl_entity.exact.memory import block_bytes
-from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, pairs_within
+from tl_entity.exact.memory import block_bytes, prompts_within
+from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, any_at_answer, pairs_within
 from tl_entity.exact.window import QUERY_POINTS, Window
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.path_patching import Senders
@@ -95,6 +95,11 @@ class _Shapes:
     """Counts the engine's pieces for a model of some sizes; `tally` holds the sum."""
 
     def __init__(self, cfg: HookedTransformerConfig, *, trained: bool = False) -> None:
+        if cfg.num_experts is not None:
+            raise InputError(
+                "What a mixture of experts will take can't be counted: which experts a token "
+                "goes through depends on the prompts."
+            )
         self.cfg = cfg
         self.tally = Tally()
         self.part = RECORDED
@@ -141,7 +146,7 @@ class _Shapes:
             (cfg.d_model, self.width, 1),
             (cfg.d_model, self.kv_width, 2),
             (self.width, cfg.d_model, 1),
-            (cfg.d_model, self.d_mlp, 2),
+            (cfg.d_model, self.d_mlp, 2 if cfg.gated_mlp else 1),
             (self.d_mlp, cfg.d_model, 1),
         ):
             self.product(batch * pos, inner, columns, times=times * layers * self.passes)
@@ -157,8 +162,8 @@ class _Shapes:
         cfg = self.cfg
         if not rows:
             return
-        self.product(rows, cfg.d_model, self.d_mlp)
-        self.product(rows, cfg.d_model, self.d_mlp)
+        for _ in range(2 if cfg.gated_mlp else 1):
+            self.product(rows, cfg.d_model, self.d_mlp)
         self.product(rows, self.d_mlp, cfg.d_model)
         self.move(rows * (11 * cfg.d_model + 9 * self.d_mlp))
         slices = math.ceil(rows / mlp_rows_together(cfg))
@@ -301,8 +306,9 @@ class PathPatching(Job):
         cache = chunk = 0
         counted: dict[tuple[int, ...], tuple[Tally, int]] = {}
         for some in pairs.chunks(size):
-            cache = max(cache, self._cache_bytes(shapes, some, by_layer, top))
-            chunk = max(chunk, self._recorded_and_held(shapes, some, by_layer, top))
+            reached = top if self.receivers or any_at_answer(some, self.position) else 0
+            cache = max(cache, self._cache_bytes(shapes, some, by_layer, reached))
+            chunk = max(chunk, self._recorded_and_held(shapes, some, by_layer, reached))
             if self.receivers is None or not top:
                 continue
             for window in Window.each_length(some.clean, some.clean.position(self.position)):
@@ -416,9 +422,7 @@ class PathPatching(Job):
         return (at_senders + batch * pos * whole) * shapes.itemsize
 
     def _hooks(self, cfg: HookedTransformerConfig, pairs: PairBatch, top: int) -> tuple[int, int]:
-        if self.receivers is None and not bool(
-            (pairs.clean.position(self.position) == pairs.clean.position(ANSWER_POSITION)).any()
-        ):
+        if self.receivers is None and not any_at_answer(pairs, self.position):
             top = 0
         shapes = _Shapes(cfg)
         senders = top * self._per_layer(cfg)
@@ -463,7 +467,8 @@ class CircuitEvaluation(Job):
         shapes = _Shapes(cfg)
         chunk = 0
         pos = pairs.clean.tokens.shape[1]
-        for some in pairs.clean.chunks(self.batch_size):
+        together = min(self.batch_size, prompts_within(cfg, pos, memory))
+        for some in pairs.clean.chunks(together):
             batch = len(some)
             shapes.part = RECORDED
             for _ in range(cfg.n_layers):
@@ -480,7 +485,7 @@ class CircuitEvaluation(Job):
                 chunk = max(chunk, each * (chosen.stop - chosen.start))
             for _ in self.circuits:
                 shapes.unembed(batch)
-        size = min(self.batch_size, len(pairs))
+        size = min(together, len(pairs))
         cache = cfg.n_layers * size * pos * cfg.d_model + len(kept) * size * cfg.d_model
         hooks = _Shapes(cfg)
         hooks.whole_run(pairs.clean)
@@ -566,11 +571,19 @@ class EditedRuns(Job):
         runs.part = SUFFIX
         lowest = min((variant.lowest for variant in edited), default=cfg.n_layers - 1)
         cache = chunk = 0
-        for some in pairs.chunks(self.batch_size):
+        pos = pairs.clean.tokens.shape[1]
+        size = self.batch_size
+        if not self.trained:  # a step's batch is part of what a mask is learned with
+            size = min(size, prompts_within(cfg, pos, memory))
+        for some in pairs.chunks(size):
             recorded.whole_run(some.clean)
             for layers in self.others:
                 recorded.whole_run(some.corrupt, layers)
-            kept = self._cache_bytes(recorded, some, lowest, len({v.lowest for v in edited}))
+            named = {name for at in together for name in at}
+            starts = [int(some.clean.position(name).min()) for name in named]
+            later = pos - min(starts, default=pos)
+            begins = len({variant.lowest for variant in edited})
+            kept = self._cache_bytes(recorded, len(some), pos, later, lowest, begins)
             # A mask's training keeps the recorded runs of all its batches.
             cache = cache + kept if self.trained else max(cache, kept)
             chunk = max(chunk, recorded.run_bytes(some.clean))
@@ -587,12 +600,14 @@ class EditedRuns(Job):
         tally.add(runs.tally, self.times)
         return Count(tally, cache, chunk, *self._hooks(cfg, pairs, lowest))
 
-    def _cache_bytes(self, shapes: _Shapes, pairs: PairBatch, lowest: int, begins: int) -> int:
+    def _cache_bytes(
+        self, shapes: _Shapes, batch: int, pos: int, later: int, lowest: int, begins: int
+    ) -> int:
+        """Keys and values of all tokens, and of the `later` ones what recomputations begin with."""
         cfg = shapes.cfg
-        batch, pos = pairs.clean.tokens.shape
-        each = (cfg.n_layers - lowest) * 2 * shapes.kv_width
-        each += begins * (2 * cfg.d_model + shapes.width)
-        return batch * (pos * each + cfg.d_model) * shapes.itemsize
+        each = pos * (cfg.n_layers - lowest) * 2 * shapes.kv_width
+        each += later * begins * (2 * cfg.d_model + shapes.width)
+        return batch * (each + cfg.d_model) * shapes.itemsize
 
     def _variants_bytes(self, shapes: _Shapes, window: Window, here: Sequence[Variant]) -> int:
         each = window.bytes_per_variant(shapes.model)

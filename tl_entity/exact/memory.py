@@ -3,29 +3,41 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from tl_entity._typing import checked
+from tl_entity.hooks.points import n_kv_heads
+from tl_entity.ranks import SomeRows
 
 GIB = 2**30
 
 
 @checked
 def memory_budget(device: str | torch.device | None) -> int:
-    """Bytes for intermediate results on this device: a quarter of the memory that is free now, and
-    at most 2 GiB on a CPU, where larger chunks are no faster.
+    """Bytes for intermediate results on this device: a quarter of its memory, and at most 2 GiB on
+    a CPU, where larger chunks are no faster.
+
+    Of all its memory, not of what is free: the size of a chunk decides how sums are rounded, and
+    the same command should give the same bytes whatever else the machine does.
     """
     device = torch.device(device or "cpu")
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free // 4
+        return torch.cuda.get_device_properties(device).total_memory // 4
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not every system tells
-        free = 4 * GIB
-    return min(2 * GIB, free // 4)
+        total = 4 * GIB
+    return min(2 * GIB, total // 4)
+
+
+@checked
+def prompts_within(cfg: Any, n_pos: int, memory: int) -> int:
+    """How many prompts' kept runs (keys, values and residual stream of every token and layer) take
+    at most half the memory; at least one."""
+    each = cfg.n_layers * n_pos * (2 * n_kv_heads(cfg) * cfg.d_head + cfg.d_model)
+    return max(1, memory // 2 // (each * (torch.finfo(cfg.dtype).bits // 8)))
 
 
 @checked
@@ -35,14 +47,6 @@ def block_bytes(device: str | torch.device | None) -> int:
     return 8 * 2**20 if torch.device(device or "cpu").type == "cpu" else 256 * 2**20
 
 
-class Rows(Protocol):
-    """What can be taken a slice at a time: prompts, pairs."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, rows: slice, /) -> "Rows": ...
-
-
-SomeRows = TypeVar("SomeRows", bound=Rows)
 Found = TypeVar("Found")
 
 
@@ -59,7 +63,7 @@ def halving(
     while start < len(rows):
         some = slice(start, min(start + size, len(rows)))
         try:
-            found = compute(rows[some])  # type: ignore[arg-type]
+            found = compute(rows[some])
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error) or some.stop - some.start == 1:
                 raise
@@ -75,9 +79,8 @@ def halving(
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # Torch's CPU allocator has no exception of its own.
-    return (
-        not isinstance(error, RuntimeError)
-        or isinstance(error, torch.OutOfMemoryError)
-        or ("allocate memory" in str(error))
-    )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # Torch's CPU allocator has no exception of its own, nor have CUDA's libraries.
+    said = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in said)

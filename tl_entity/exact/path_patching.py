@@ -19,10 +19,12 @@ from tl_entity._typing import checked
 from tl_entity.exact.blocks import (
     add_mlp,
     check_supported,
+    device_of,
     head_outputs,
     log_normalizer,
     project,
     row_slices,
+    rows_within,
     unembed,
 )
 from tl_entity.exact.memory import halving, memory_budget
@@ -93,9 +95,10 @@ def patched_values(
     n_senders = model.cfg.n_heads if senders == "heads" else 1
 
     def compute(chunk: PairBatch) -> tuple[Tensor, Tensor]:
-        runs = _Runs.record(model, chunk, position, senders, by_layer, top, metric)
+        reached_from = top if receivers or any_at_answer(chunk, position) else 0
+        runs = _Runs.record(model, chunk, position, senders, by_layer, reached_from, metric)
         values = runs.clean.expand(model.cfg.n_layers, n_senders, -1).clone()
-        if top:
+        if reached_from:
             if receivers is None:
                 reached = _through_mlps(model, runs)
             else:
@@ -185,12 +188,14 @@ class _Runs:
         activation = self[name, layer]
         if activation.ndim == 2:
             return activation
-        return activation[torch.arange(len(activation)), self.at]
+        rows = torch.arange(len(activation), device=activation.device)
+        return activation[rows, self.at.to(activation.device)]
 
     @property
     def moved(self) -> Bool[Tensor, "senders batch"]:
         """Where a sender's corrupt value differs from its clean one at all."""
-        return torch.cat([(delta != 0).any(-1).view(len(delta), -1).T for delta in self.deltas])
+        moved = [(delta != 0).any(-1).view(len(delta), -1).T for delta in self.deltas]
+        return torch.cat([some.to(self.clean.device) for some in moved])
 
     @property
     def per_layer(self) -> int:
@@ -203,7 +208,7 @@ def _through_mlps(model: Model, runs: _Runs) -> Float[Tensor, "senders batch"]:
     *_, (_, rows) = _held_pass(model, runs)
     patched = _score(model, rows, runs.pairs, runs.metric)
     # With attention held, the scored token feels only senders at that very token.
-    return patched.where(runs.at == runs.last, runs.clean)
+    return patched.where((runs.at == runs.last).to(patched.device), runs.clean)
 
 
 def _held_pass(
@@ -218,6 +223,7 @@ def _held_pass(
     for layer in range(runs.top):
         below = slice(layer * n)
         here = slice(layer * n, (layer + 1) * n)
+        rows = rows.to(device_of(model, layer))
         yield layer, rows[below]
         rows[below] += runs.at_senders("attn_out", layer)
         if runs.senders == "heads":
@@ -251,12 +257,22 @@ def _through_receivers(
     n_senders = runs.top * runs.per_layer
     patched = runs.clean.expand(n_senders, -1).clone()
     for window in Window.each_length(runs.pairs.clean, runs.at):
-        members = window.members
-        theirs = {layer: vectors[:, members] for layer, vectors in inputs.items()}
+        members = window.members.to(patched.device)
+        theirs = {
+            layer: vectors[:, window.members.to(vectors.device)]
+            for layer, vectors in inputs.items()
+        }
         suffix = _Suffix(model, runs, window, receivers, receiver_input, theirs)
-        for senders in row_slices(n_senders, window.bytes_per_variant(model), memory // 2):
-            final = suffix.run(senders)
-            patched[senders, members] = _score(model, final, runs.pairs[members], runs.metric)
+        scored = runs.pairs[window.members]
+
+        def compute(
+            senders: range, suffix: "_Suffix" = suffix, scored: PairBatch = scored
+        ) -> Tensor:
+            return _score(model, suffix.run(senders), scored, runs.metric)
+
+        size = rows_within(window.bytes_per_variant(model), memory // 2)
+        for senders, values in halving(range(n_senders), size, compute):
+            patched[senders, members] = values
     return patched
 
 
@@ -280,18 +296,19 @@ class _Suffix:
     receiver_input: HeadInput
     inputs: dict[int, Float[Tensor, "senders member receivers d_head"]]
 
-    def run(self, senders: slice) -> Float[Tensor, "sender member d_model"]:
-        """The final residual stream at the answer's token, for a slice of senders."""
+    def run(self, senders: range) -> Float[Tensor, "sender member d_model"]:
+        """The final residual stream at the answer's token, for neighbouring senders."""
         cfg = self.model.cfg
         # The first receiver layer above its own is where a sender's change begins.
         starts = [
             min(r for r in self.receivers if r > sender // self.runs.per_layer)
-            for sender in range(senders.start, senders.stop)
+            for sender in senders
         ]
         rows = self.runs.deltas[0].new_empty(len(starts), *self.window.tokens.shape, cfg.d_model)
         for layer in range(starts[0], cfg.n_layers):
             begun = sum(start < layer for start in starts)
             now = sum(start <= layer for start in starts)
+            rows = rows.to(device_of(self.model, layer))
             queries = ANSWER_TOKEN if layer == cfg.n_layers - 1 else EVERY_TOKEN
             if begun:
                 from_here = slice(senders.start, senders.start + begun)
@@ -382,6 +399,12 @@ def _score(
             logits = logits.to(normalizer.dtype) - normalizer
         values.append(metric.value(logits, pairs))
     return torch.cat(values)
+
+
+def any_at_answer(pairs: PairBatch, position: str) -> bool:
+    """Whether senders at this position are at the scored token of any pair: with attention held,
+    all others reach no logits."""
+    return bool((pairs.clean.position(position) == pairs.clean.position(ANSWER_POSITION)).any())
 
 
 def pairs_within(model: Model, pairs: PairBatch, memory: int) -> int:

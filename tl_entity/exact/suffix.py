@@ -14,8 +14,15 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.blocks import add_mlp, check_supported, head_outputs, row_slices, unembed
-from tl_entity.exact.memory import memory_budget
+from tl_entity.exact.blocks import (
+    add_mlp,
+    check_supported,
+    device_of,
+    head_outputs,
+    rows_within,
+    unembed,
+)
+from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.exact.window import (
     ANSWER_TOKEN,
     EVERY_TOKEN,
@@ -56,7 +63,9 @@ class CleanRun:
         first_layer: edits may be made from this layer up.
         start: the first token of each prompt at which edits may be made.
         begins: layers from which recomputation can start.
-        points: recorded activations by hook point name; those in `begins` of all tokens.
+        first_token: the lowest `start`.
+        points: recorded activations by hook point name: keys and values of all tokens, and what a
+            recomputation begins with, of those from `first_token` on.
         final: the final residual stream at the answer's token.
     """
 
@@ -65,6 +74,7 @@ class CleanRun:
     first_layer: int
     start: Int[Tensor, " batch"]
     begins: tuple[int, ...]
+    first_token: int
     points: Mapping[str, Tensor]
     final: Float[Tensor, "batch d_model"]
 
@@ -100,11 +110,14 @@ class CleanRun:
             raise InputError(f"Layers {begins} can't be edited: the model has {n_layers} layers.")
         if not positions:
             raise InputError("Name at least one position at which edits may be made.")
-        points: dict[str, str | None] = {}
+        start = torch.stack([prompts.position(name) for name in positions]).amin(0)
+        first_token = int(start.min())
+        points: dict[str, str | slice | None] = {}
         for layer in range(begins[0], n_layers):
             points |= {hook_point(name, layer): None for name in ("rot_k", "v")}
         for layer in begins:
-            points |= {hook_point(name, layer): None for name in ("resid_pre", "z", "resid_mid")}
+            later = dict.fromkeys(("resid_pre", "z", "resid_mid"), slice(first_token, None))
+            points |= {hook_point(name, layer): tokens for name, tokens in later.items()}
         final = hook_point("resid_post", n_layers - 1)
         with torch.no_grad():
             seen = record(model, prompts, {**points, final: ANSWER_POSITION})
@@ -112,8 +125,9 @@ class CleanRun:
             model=model,
             prompts=prompts,
             first_layer=begins[0],
-            start=torch.stack([prompts.position(name) for name in positions]).amin(0),
+            start=start,
             begins=begins,
+            first_token=first_token,
             final=seen.pop(final),
             points=seen,
         )
@@ -177,12 +191,14 @@ class CleanRun:
         edited = [index for index in order if plans[index].layers]
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {index: [] for index in edited}
         for window in Window.each_length(self.prompts, self.start):
-            size = window.bytes_per_variant(self.model)
-            for some in row_slices(len(edited), size, memory // 2):
-                chosen = edited[some]
-                final = self._recompute(window, [plans[index] for index in chosen])
-                for row, index in enumerate(chosen):
-                    parts[index].append((window.members, final[row]))
+
+            def compute(chosen: list[int], window: Window = window) -> Tensor:
+                return self._recompute(window, [plans[index] for index in chosen])
+
+            size = rows_within(window.bytes_per_variant(self.model), memory // 2)
+            for some, final in halving(edited, size, compute):
+                for index, resid in zip(edited[some], final, strict=True):
+                    parts[index].append((window.members, resid))
         final = [_gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
         return torch.stack(final) if final else self.final.expand(0, -1, -1)
 
@@ -211,6 +227,8 @@ class CleanRun:
         n_layers = self.model.cfg.n_layers
         rows = None
         for layer in range(plans[0].begin, n_layers):
+            device = device_of(self.model, layer)
+            rows = None if rows is None else rows.to(device)
             here = [_within(plan.layers.get(layer, {}), window) for plan in plans]
             begun = sum(plan.begin < layer for plan in plans)
             now = sum(plan.begin <= layer for plan in plans)
@@ -236,12 +254,12 @@ class CleanRun:
         model = self.model
         if all(set(edits) <= {"z"} for edits in here):
             # No attention to compute: what the edited heads write is all that differs.
-            z = window.clean(self._clean("z", layer))[:, queries]
+            z = self._within_window("z", layer, window)[:, queries]
             z = z.expand(len(here), *z.shape)
             edited = _apply("z", here, layer)(z)
             change = head_outputs(model, layer, edited - z, list(range(model.cfg.n_heads)))
-            return window.clean(self._clean("resid_mid", layer))[:, queries] + change
-        resid = window.clean(self._clean("resid_pre", layer))
+            return self._within_window("resid_mid", layer, window)[:, queries] + change
+        resid = self._within_window("resid_pre", layer, window)
         resid = resid.expand(len(here), *resid.shape)
         return resid[:, :, queries] + self._attention(window, layer, resid, here, queries)
 
@@ -266,6 +284,9 @@ class CleanRun:
     def _clean(self, name: str, layer: int) -> Tensor:
         return self.points[hook_point(name, layer)]
 
+    def _within_window(self, name: str, layer: int, window: Window) -> Tensor:
+        return window.clean(self._clean(name, layer), self.first_token)
+
     def _keys_and_values(self, layer: int) -> KeysAndValues:
         return self._clean("rot_k", layer), self._clean("v", layer)
 
@@ -276,6 +297,8 @@ def edited_resid_each(
     prompts: PromptBatch,
     choices: Sequence[HeadsAt],
     edits: Sequence[Sequence[tuple[str, HookFunction]]],
+    *,
+    memory: int | None = None,
 ) -> list[Float[Tensor, "batch d_model"]]:
     """The final residual stream at `"last"` under each choice of heads edited at named positions,
     from one recorded run: each choice costs the tokens and layers from its own first head on.
@@ -285,6 +308,7 @@ def edited_resid_each(
         prompts: the prompts.
         choices: for each the heads by position; without any, the run stays as it is.
         edits: what is done to them.
+        memory: as in `CleanRun.answer_resid_each`.
 
     Raises:
         InputError: as `CleanRun.record` and `CleanRun.answer_logits`.
@@ -303,7 +327,9 @@ def edited_resid_each(
     for at in {tuple(sorted(heads)) for heads in there if heads}:
         some = [index for index, heads in enumerate(there) if tuple(sorted(heads)) == at]
         start = torch.stack([prompts.position(position) for position in at]).amin(0)
-        found = replace(run, start=start).answer_resid_each([edits[index] for index in some])
+        found = replace(run, start=start).answer_resid_each(
+            [edits[index] for index in some], memory=memory
+        )
         for index, resid in zip(some, found, strict=True):
             final[index] = resid
     return final
@@ -320,7 +346,8 @@ class _Plan:
 def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """What was computed window by window, in the order of the prompts."""
     members = torch.cat([members for members, _ in parts])
-    return torch.cat([resid for _, resid in parts])[members.argsort()]
+    resid = torch.cat([resid for _, resid in parts])
+    return resid[members.argsort().to(resid.device)]
 
 
 def _apply(point: str, here: Sequence[LayerEdits], layer: int) -> WindowEdit:
@@ -358,26 +385,26 @@ def within(edit: HookFunction, window: Window) -> HookFunction:
 @within.register
 def _(edit: ReplaceHeads, window: Window) -> ReplaceHeads:
     positions = _window_positions(edit.positions, window)
-    return replace(edit, positions=positions, values=edit.values[window.members])
+    return replace(edit, positions=positions, values=_of_members(edit.values, window))
 
 
 @within.register
 def _(edit: MaskHeads, window: Window) -> MaskHeads:
     positions = _window_positions(edit.positions, window)
-    return replace(edit, positions=positions, other=edit.other[window.members])
+    return replace(edit, positions=positions, other=_of_members(edit.other, window))
 
 
 @within.register
 def _(edit: ReplaceWhere, window: Window) -> ReplaceWhere:
-    where = _of_members(edit.where, window)
+    where = _of_members(edit.where.to(window.tokens.device), window)
     inside = torch.zeros(where.shape[:2], dtype=torch.bool, device=where.device)
-    inside[torch.arange(len(where), device=where.device)[:, None], window.tokens] = True
+    rows = torch.arange(len(where), device=where.device)[:, None]
+    inside[rows, window.tokens] = True
     if bool((where & ~inside[..., None]).any()):
         raise _outside(window)
-    rows = torch.arange(len(where), device=where.device)[:, None]
-    return ReplaceWhere(
-        where[rows, window.tokens], _of_members(edit.values, window)[rows, window.tokens]
-    )
+    values = _of_members(edit.values, window)
+    tokens = window.tokens.to(values.device)
+    return ReplaceWhere(where[rows, window.tokens], values[rows.to(values.device), tokens])
 
 
 @within.register
@@ -408,8 +435,7 @@ def _(edit: ReplaceValues, window: Window) -> ReplaceValues:
 def _as_scored(vectors: Tensor, window: Window) -> Tensor:
     """Vectors of whole prompts as the window's scores count tokens: those ahead of it first, as
     many as the longest prefix has, then its own."""
-    vectors = vectors.to(window.tokens.device)
-    ahead = vectors[window.members, : window.before.shape[1]]
+    ahead = vectors[window.members.to(vectors.device), : window.before.shape[1]]
     return torch.cat([ahead, window.clean(vectors)], 1)
 
 
@@ -421,10 +447,9 @@ def _window_positions(positions: Tensor, window: Window) -> Tensor:
 
 
 def _of_members(values: Tensor, window: Window) -> Tensor:
-    values = values.to(window.tokens.device)
     if len(values) == 1:
         return values.expand(len(window.members), *values.shape[1:])
-    return values[window.members]
+    return values[window.members.to(values.device)]
 
 
 def _outside(window: Window) -> InputError:

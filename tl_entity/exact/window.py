@@ -71,11 +71,19 @@ class Window:
         """Tokens in the window of each prompt."""
         return self.tokens.shape[1]
 
+    def to(self, device: torch.device) -> "Window":
+        """The same window, its indices on a device."""
+        if self.tokens.device == device:
+            return self
+        parts = (self.members, self.tokens, self.rotary, self.before)
+        return Window(*(part.to(device) for part in parts))
+
     def clean(
-        self, activation: Float[Tensor, "batch pos *rest"]
+        self, activation: Float[Tensor, "batch pos *rest"], first_token: int = 0
     ) -> Float[Tensor, "member window *rest"]:
-        """What whole prompts' activations are in the window."""
-        return activation[self.members[:, None], self.tokens]
+        """What activations are in the window, given those of prompts from `first_token` on."""
+        here = self.to(activation.device)
+        return activation[here.members[:, None], here.tokens - first_token]
 
     def bytes_per_variant(self, model: Model) -> int:
         """About how much memory one variant of all members takes while it is recomputed."""
@@ -105,20 +113,21 @@ class Window:
         of these query heads alone. Edits at rot_q and attn_scores are made.
         """
         edits = edits or {}
+        here = self.to(q.device)
         length = self.before.shape[1]
-        ahead = [vectors[self.members, :length] for vectors in clean]
+        ahead = [vectors[here.members, :length] for vectors in clean]
         if heads is not None:
             index = [kv_head(model.cfg, head) for head in heads]
             ahead = [vectors[:, :, index] for vectors in ahead]
         causal = torch.ones(len(self), len(self), dtype=torch.bool, device=q.device).tril()
         n = max(len(q), len(k), len(v))
-        rotated = rotate(model, layer, q, self.rotary[:, queries]).expand(n, -1, -1, -1, -1)
+        rotated = rotate(model, layer, q, here.rotary[:, queries]).expand(n, -1, -1, -1, -1)
         return attend(
             edits.get("rot_q", _unchanged)(rotated),
             (ahead[0], ahead[1]),
-            self.before[:, None],
+            here.before[:, None],
             (
-                rotate(model, layer, k, self.rotary).expand(n, -1, -1, -1, -1),
+                rotate(model, layer, k, here.rotary).expand(n, -1, -1, -1, -1),
                 v.expand(n, -1, -1, -1, -1),
             ),
             causal[None, queries],

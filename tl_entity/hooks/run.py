@@ -84,7 +84,7 @@ def answer_logits(
 def record(
     model: Model,
     prompts: PromptBatch,
-    points: Mapping[str, str | None],
+    points: Mapping[str, str | slice | None],
     *,
     hooks: Sequence[tuple[str, HookFunction]] = (),
 ) -> dict[str, Tensor]:
@@ -96,21 +96,24 @@ def record(
         model: the model.
         prompts: the prompts.
         points: for each full hook point name the named position to keep of each prompt (the pos
-            axis is dropped), or None to keep all tokens.
+            axis is dropped), the tokens to keep of all prompts, or None to keep all tokens.
         hooks: edits made in the run; a recorded point is read after its edits.
 
     Raises:
         InputError: if a hook point or position does not exist or a hook does not fire.
     """
     cache: dict[str, Tensor] = {}
-    positions = {at: prompts.position(at) for at in points.values() if at is not None}
+    positions = {at: prompts.position(at) for at in points.values() if isinstance(at, str)}
 
     def keep(activation: Tensor, hook: Any) -> None:
         at = points[hook.name]
         activation = activation.detach()
-        if at is not None:
+        if isinstance(at, str):
             rows = torch.arange(len(prompts), device=activation.device)
             activation = activation[rows, positions[at].to(activation.device)]
+        elif at is not None:
+            # A copy, so that the rest is not kept with it.
+            activation = activation[:, at].clone()
         cache[hook.name] = activation
 
     watching = [*hooks, *((name, keep) for name in points)]

@@ -5,7 +5,7 @@ then answers with the target tells whether they carry what the two prompts diffe
 2024, §4.2).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,8 @@ from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.edits import patch_heads
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
-from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
+from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
 from tl_entity.methods.path_patching import Engine
-from tl_entity.metrics import log_probability
 from tl_entity.results import Result
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
@@ -77,7 +76,8 @@ def activation_patch_each(
     *,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
-    progress: Callable[[int], object] = lambda pairs: None,
+    memory: int | None = None,
+    progress: Callable[[int], object] = lambda runs: None,
 ) -> list[Evaluation]:
     """`activation_patch` of several choices of heads, one after another.
 
@@ -89,7 +89,9 @@ def activation_patch_each(
         choices: circuits, or heads by named position; each is patched by itself.
         engine: as in `activation_patch`.
         batch_size: as in `activation_patch`.
-        progress: called with the number of pairs done since the last call.
+        memory: bytes that intermediate results may take; found from the device if left out.
+        progress: called with the number of runs done since the last call, where one choice on one
+            pair is a run.
 
     Raises:
         InputError: as `activation_patch`; or if there are no pairs.
@@ -103,18 +105,15 @@ def activation_patch_each(
     check_heads(
         model, [head for by_position in chosen for at in by_position.values() for head in at]
     )
-    pairs = pairs.to(model.cfg.device or "cpu")
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in chosen]
-    for chunk in pairs.chunks(batch_size):
-        for i, logits in enumerate(_patched_logits(model, chunk, chosen, engine)):
-            found[i].append((logits.argmax(-1), log_probability(logits, chunk.targets)))
-        progress(len(chunk))
-    evaluations = []
-    for parts in found:
-        predicted = torch.cat([answered for answered, _ in parts])
-        log_probabilities = torch.cat([log_probabilities for _, log_probabilities in parts])
-        evaluations.append(Evaluation(predicted, predicted == pairs.targets, log_probabilities))
-    return evaluations
+    return evaluate_each(
+        model,
+        pairs,
+        len(chosen),
+        lambda chunk: _patched_logits(model, chunk, chosen, engine, memory),
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ def carries(
     seeds: Sequence[int],
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
-    progress: Callable[[int], object] = lambda pairs: None,
+    progress: Callable[[int], object] = lambda runs: None,
 ) -> CarriedInformation:
     """Patch every group by itself, for every desideratum, on several draws of pairs.
 
@@ -259,8 +258,8 @@ def carries(
         seeds: one for each draw.
         engine: as in `activation_patch`.
         batch_size: as in `activation_patch`.
-        progress: called with the number of pairs done since the last call, all groups counting as
-            one.
+        progress: called with the number of runs done since the last call, where one group, or
+            none, on one pair is a run.
 
     Raises:
         InputError: as `activation_patch`; if there are no seeds, or a desideratum has no circuit.
@@ -297,15 +296,18 @@ def carries(
 
 
 def _patched_logits(
-    model: Model, pairs: PairBatch, choices: Sequence[HeadsAt], engine: Engine
-) -> Sequence[Float[Tensor, "batch d_vocab"]]:
+    model: Model,
+    pairs: PairBatch,
+    choices: Sequence[HeadsAt],
+    engine: Engine,
+    memory: int | None,
+) -> Iterable[Float[Tensor, "batch d_vocab"]]:
     """Answer logits with each choice of heads patched by itself."""
     layers = sorted({head.layer for heads in choices for at in heads.values() for head in at})
     points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
     cache = record(model, pairs.corrupt, points) if points else {}
     edits = [patch_heads(cache, heads, into=pairs.clean, source=pairs.corrupt) for heads in choices]
     if engine == "hooks" or not layers:
-        return [answer_logits(model, pairs.clean, hooks) for hooks in edits]
-    return [
-        unembed(model, final) for final in edited_resid_each(model, pairs.clean, choices, edits)
-    ]
+        return (answer_logits(model, pairs.clean, hooks) for hooks in edits)
+    resid = edited_resid_each(model, pairs.clean, choices, edits, memory=memory)
+    return (unembed(model, final) for final in resid)

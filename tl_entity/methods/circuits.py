@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.blocks import unembed
+from tl_entity.exact.memory import halving, memory_budget, prompts_within
 from tl_entity.exact.suffix import CleanRun
 from tl_entity.heads import Circuit, Group, Head, HeadsAt, heads_by_position, without
 from tl_entity.hooks.edits import ablate_heads
@@ -24,11 +25,14 @@ from tl_entity.metrics import log_probability
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.stats import Interval, bootstrap_ratio_interval, wilson_interval
-from tl_entity.tasks.batches import PromptBatch
+from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+AnsweredRows = TypeVar("AnsweredRows", PromptBatch, PairBatch)
+"""What has an answer each: prompts, or pairs with their targets."""
 
 BATCH_SIZE = 32
 """Prompts run together where nothing else is said."""
@@ -201,9 +205,8 @@ def mean_head_outputs(
             total = (z.to(torch.float64) * there.to(z.device)).sum(0)
             sums[name] = sums[name] + total if name in sums else total
     counts = tokens.mask.sum(0).clamp(min=1)[:, None, None]
-    return torch.stack([sums[name] / counts.to(sums[name].device) for name in points]).to(
-        model.cfg.dtype
-    )
+    means = [sums[name].to(counts.device) / counts for name in points]
+    return torch.stack(means).to(model.cfg.dtype)
 
 
 @checked
@@ -217,6 +220,7 @@ def evaluate(
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
 ) -> Evaluation:
     """Answer the prompts, whole or with heads ablated to their mean outputs.
 
@@ -233,7 +237,8 @@ def evaluate(
         mean_outputs: what ablated heads put out, from `mean_head_outputs` of other prompts of the
             same form.
         engine: "exact" computes only what the circuit can change, "hooks" everything.
-        batch_size: prompts run together.
+        batch_size: prompts run together, at most.
+        memory: bytes that intermediate results may take; found from the device if left out.
 
     Raises:
         InputError: if heads are to be ablated without `mean_outputs` or with another model's, a
@@ -251,6 +256,7 @@ def evaluate(
             mean_outputs=mean_outputs,
             engine=engine,
             batch_size=batch_size,
+            memory=memory,
         )[0]
     if remove is not None:
         return evaluate_removals(
@@ -260,13 +266,16 @@ def evaluate(
             mean_outputs=mean_outputs,
             engine=engine,
             batch_size=batch_size,
+            memory=memory,
         )[0]
     _check_evaluation(model, prompts, [], mean_outputs)
     return evaluate_each(
-        prompts.to(model.cfg.device or "cpu"),
+        model,
+        prompts,
         1,
         lambda chunk: [answer_logits(model, chunk)],
         batch_size=batch_size,
+        memory=memory,
     )[0]
 
 
@@ -280,6 +289,7 @@ def evaluate_circuits(
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> list[Evaluation]:
     """F(C) of many circuits on the same prompts: all but a circuit's heads ablated everywhere.
@@ -293,7 +303,8 @@ def evaluate_circuits(
         circuits: heads kept, by named position.
         mean_outputs: as in `evaluate`.
         engine: as in `evaluate`.
-        batch_size: prompts run together.
+        batch_size: prompts run together, at most.
+        memory: as in `evaluate`.
         progress: called with the number of runs done since the last call, where one circuit on one
             prompt is a run.
 
@@ -304,7 +315,9 @@ def evaluate_circuits(
 
     def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
         if engine == "exact":
-            resid = AblatedRun.record(model, chunk, values).answer_resid_each(circuits)
+            resid = AblatedRun.record(model, chunk, values).answer_resid_each(
+                circuits, memory=memory
+            )
             return (unembed(model, final) for final in resid)
         return (
             answer_logits(model, chunk, ablate_heads(values, chunk, keep=circuit))
@@ -312,7 +325,13 @@ def evaluate_circuits(
         )
 
     return evaluate_each(
-        prompts.to(model.cfg.device or "cpu"), len(circuits), logits_of, batch_size, progress
+        model,
+        prompts,
+        len(circuits),
+        logits_of,
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
     )
 
 
@@ -326,6 +345,7 @@ def evaluate_removals(
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> list[Evaluation]:
     """F(M \\ K) for many K on the same prompts: only K's heads ablated, at their positions.
@@ -348,49 +368,74 @@ def evaluate_removals(
             run = CleanRun.record(
                 model, chunk, first_layer=min(lowest), positions=positions, begins=lowest
             )
-            return (unembed(model, final) for final in run.answer_resid_each(hooks))
+            return (unembed(model, final) for final in run.answer_resid_each(hooks, memory=memory))
         return (answer_logits(model, chunk, some) for some in hooks)
 
     return evaluate_each(
-        prompts.to(model.cfg.device or "cpu"), len(removed), logits_of, batch_size, progress
+        model,
+        prompts,
+        len(removed),
+        logits_of,
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
     )
 
 
 def evaluate_each(
-    prompts: PromptBatch,
+    model: Model,
+    prompts: AnsweredRows,
     n_edits: int,
-    logits_of: Callable[[PromptBatch], Iterable[Tensor]],
+    logits_of: Callable[[AnsweredRows], Iterable[Tensor]],
+    *,
     batch_size: int,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> list[Evaluation]:
-    """The answers to the prompts under each of several edits; processes share the prompts.
+    """The answers to prompts, or to the targets of pairs, under each of several edits; processes
+    share them, and a batch that runs out of memory is halved.
 
     Args:
-        prompts: the prompts, on the model's device.
+        model: the model.
+        prompts: the prompts or pairs.
         n_edits: how many edits there are.
-        logits_of: gives, for some of the prompts, the logits at `"last"` under each edit in turn.
-        batch_size: prompts run together.
+        logits_of: gives, for some of the prompts on the model's device, the logits at `"last"`
+            under each edit in turn.
+        batch_size: prompts run together, at most.
+        memory: bytes that kept runs may take; found from the device if left out.
         progress: called with the number of runs done since the last call, where one edit on one
-            prompt is a run.
+            prompt is a run; with a negative number for runs that must be done once more.
     """
     if n_edits == 0:
         return []
+    prompts = prompts.to(model.cfg.device or "cpu")
+    answers = prompts.answers if isinstance(prompts, PromptBatch) else prompts.targets
+    tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts.clean.tokens
+    memory = memory_budget(model.cfg.device) if memory is None else memory
+    size = min(batch_size, prompts_within(model.cfg, tokens.shape[1], memory))
 
-    def compute(mine: PromptBatch) -> tuple[Tensor, Tensor]:
-        chosen, scores = [], []
-        for chunk in mine.chunks(batch_size):
-            each = []
+    def compute(chunk: AnsweredRows) -> tuple[Tensor, Tensor]:
+        wanted = chunk.answers if isinstance(chunk, PromptBatch) else chunk.targets
+        chosen: list[Tensor] = []
+        scores: list[Tensor] = []
+        try:
             for logits in logits_of(chunk):
-                each.append((logits.argmax(-1), log_probability(logits, chunk.answers)))
+                chosen.append(logits.argmax(-1))
+                scores.append(log_probability(logits, wanted))
                 progress(len(chunk))
-            chosen.append(torch.stack([predicted for predicted, _ in each]))
-            scores.append(torch.stack([score for _, score in each]))
-        return torch.cat(chosen, -1), torch.cat(scores, -1)
+        except BaseException:
+            progress(-len(chunk) * len(scores))
+            raise
+        return torch.stack(chosen), torch.stack(scores)
 
-    chosen, scores = shared_out(prompts, compute)
-    chosen = chosen.to(prompts.answers.device)
+    def compute_mine(mine: AnsweredRows) -> tuple[Tensor, Tensor]:
+        found = [some for _, some in halving(mine, size, compute)]
+        return torch.cat([c for c, _ in found], -1), torch.cat([s for _, s in found], -1)
+
+    chosen, scores = shared_out(prompts, compute_mine)
+    chosen = chosen.to(answers.device)
     return [
-        Evaluation(predicted, predicted == prompts.answers, score)
+        Evaluation(predicted, predicted == answers, score)
         for predicted, score in zip(chosen, scores, strict=True)
     ]
 

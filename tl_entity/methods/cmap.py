@@ -95,6 +95,7 @@ def cmap_each(
     *,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> list[Evaluation]:
     """`cmap` of several choices of heads and of what is patched, one after another.
@@ -108,6 +109,7 @@ def cmap_each(
         choices: heads and what of them is patched; each by itself.
         engine: as in `cmap`.
         batch_size: as in `cmap`.
+        memory: bytes that intermediate results may take; found from the device if left out.
         progress: called with the number of runs done since the last call, where one choice on one
             prompt is a run.
 
@@ -141,11 +143,19 @@ def cmap_each(
             return (answer_logits(base, readable, hooks) for hooks in edits)
         return (
             unembed(base, final)
-            for final in edited_resid_each(base, readable, [heads for heads, _ in chosen], edits)
+            for final in edited_resid_each(
+                base, readable, [heads for heads, _ in chosen], edits, memory=memory
+            )
         )
 
     return evaluate_each(
-        prompts.to(base.cfg.device or "cpu"), len(chosen), logits_of, batch_size, progress
+        base,
+        prompts,
+        len(chosen),
+        logits_of,
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
     )
 
 

@@ -169,6 +169,7 @@ def knockout_curve(
     seed: int | None = None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> KnockoutCurve:
     """Knock out attention from one named token to another, from each layer up (Prakash et al. 2024,
@@ -192,7 +193,8 @@ def knockout_curve(
         seed: of the random tokens; needed with a control.
         engine: "exact" runs the prompts once and recomputes, for all first layers together, only
             what the knockout can change; "hooks" runs the whole model for each.
-        batch_size: prompts run together.
+        batch_size: prompts run together, at most.
+        memory: bytes that intermediate results may take; found from the device if left out.
         progress: called with the number of runs done since the last call, where one first layer on
             one prompt is a run; there are (n_layers * (1 + random_draws) + 1) * len(prompts).
 
@@ -245,14 +247,16 @@ def knockout_curve(
         run = CleanRun.record(
             model, chunk, first_layer=0, positions=[from_position], begins=range(n_layers)
         )
-        return (unembed(model, final) for final in run.answer_resid_each(variants))
+        return (unembed(model, final) for final in run.answer_resid_each(variants, memory=memory))
 
     whole, *found = evaluate_each(
-        prompts.to(model.cfg.device or "cpu"),
+        model,
+        prompts,
         1 + len(hidden) * n_layers,
         logits_of,
-        batch_size,
-        progress,
+        batch_size=batch_size,
+        memory=memory,
+        progress=progress,
     )
     curves = [tuple(found[i * n_layers : (i + 1) * n_layers]) for i in range(len(hidden))]
     return KnockoutCurve(

@@ -103,7 +103,8 @@ def patch_what_groups_carry(bench: Bench, circuit: Circuit, dcm: Record, of: str
     }
 
     def compute() -> Outcome:
-        runs = len(draws) * len(seeds) * max(4, s.prompts // 2)
+        # Each group by itself, and nothing patched.
+        runs = (1 + len(circuit.groups)) * len(draws) * len(seeds) * max(4, s.prompts // 2)
         with bench.progress(f"{bench.role}: activation patching", runs) as done:
             found = carries(
                 bench.model,
