@@ -22,7 +22,7 @@ from tl_entity.models.load import load_model
 from tl_entity.study import experiments
 from tl_entity.study.figures import figures_of
 from tl_entity.study.mechanism_figures import mechanism_figures
-from tl_entity.study.report import command
+from tl_entity.study.report import command, summary
 from tl_entity.study.reproduce import model_fingerprint, reproduce
 from tl_entity.study.settings import GROUPS, Settings, experiments_for
 from tl_entity.tasks.boxes import box_prompts
@@ -395,3 +395,37 @@ def test_the_engine_is_part_of_what_an_outcome_depends_on(settings, tmp_path):
     for results in (exact, hooks):
         del results["settings"]
     assert hooks["models"]["base"]["faithfulness"] == exact["models"]["base"]["faithfulness"]
+
+
+def test_no_circuit_is_looked_for_where_there_is_no_ability(settings, tmp_path):
+    """What a random model gets right by luck would have a circuit of nothing."""
+    alone = replace(settings, tuned=None, all_pairs=False, prompts=12)
+    watch = Watch()
+    results = reproduce(alone, tmp_path / "alone", progress=watch)
+    assert watch.seen == ["base: accuracy"]
+    assert not (tmp_path / "alone" / "base_circuit.json").exists()
+    reason = results["models"]["base"]["no_circuit"]
+    right = results["models"]["base"]["accuracy"]["3"]
+    assert right["interval"][0] < 1 / 3
+    assert f"{right['accuracy']:.3f}" in reason and "at random would be 0.333" in reason
+    page = (tmp_path / "alone" / "report.html").read_text()
+    assert f"No circuit was looked for in first&lt;b&gt;: {reason}." in page
+    assert 'id="circuits"' not in page and 'id="accuracy"' in page
+    assert any("no ability" in line for line in summary(results))
+
+    # Beside a model that can, that one is studied.
+    both = replace(alone, tuned="default-tuned", only=("faithfulness", "attention"))
+    results = reproduce(both, tmp_path / "both")
+    base, tuned = results["models"].values()
+    assert base["no_circuit"] is not None and tuned["no_circuit"] is None
+    assert tuned["faithfulness"]["other_circuits"] == {} and results["verdict"] == []
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert 'id="faithfulness"' in page and "figure-tuned-value_fetcher" in page
+    assert "No circuit was looked for in first" in page
+
+
+def test_models_that_could_be_compared_are_not_if_one_has_no_circuit(settings, tmp_path):
+    can_not = replace(settings, all_pairs=False, prompts=12)
+    results = reproduce(can_not, tmp_path)
+    assert results["not_compared"] == "no circuit was found in first<b>."
+    assert results["cmap"] == {} and results["same_circuit"] is None

@@ -164,6 +164,25 @@ def measure_accuracy(bench: Bench) -> Record:
     return bench.step("accuracy", {"prompts": s.prompts, "seeds": seeds}, compute)[0]
 
 
+def why_no_circuit(bench: Bench, accuracy: Record) -> str | None:
+    """Why no circuit is looked for in a model that does no better than guessing; None if it does.
+
+    Prompts answered right by luck would give scores, and the heads with the highest of them a
+    circuit; it would be one of nothing.
+    """
+    s = bench.settings
+    found, guessing = accuracy[str(s.boxes)], 1 / s.boxes
+    low, high = found["interval"]
+    if low > guessing or s.all_pairs:
+        return None
+    return (
+        f"it answers {found['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {found['prompts']} prompts "
+        f"of {s.boxes} boxes right, and naming one of the {s.boxes} objects at random would be "
+        f"{guessing:.3f}. There is no ability to be seen whose circuit could be looked for; fewer "
+        "boxes or more prompts may show one, and --all-pairs looks for a circuit all the same"
+    )
+
+
 def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
     """Clean and corrupt prompts whose clean one the model answers right.
 

@@ -17,6 +17,7 @@ from tl_entity.plots.heatmaps import (
     stage_heatmaps,
 )
 from tl_entity.study.settings import GROUPS
+from tl_entity.study.store import with_circuit
 
 LETTERS = dict(zip(GROUPS, "ABCD", strict=True))
 """The paper's letters for the groups."""
@@ -52,14 +53,15 @@ def figures_of(results: dict[str, Any]) -> dict[str, go.Figure]:
             title="Accuracy by number of boxes",
         )
     }
-    limits = stage_limits(results)
+    models = with_circuit(models)
+    limits = stage_limits(results) if models else {}
     for role, model in models.items():
         figures[f"{role}_heatmaps"] = stage_heatmaps(
             [head_map(model, group) for group in GROUPS],
             title=f"{model['label']}: how much the answer needs each head (path patching)",
             limits=[limits[group] for group in GROUPS],
         )
-    if all("faithfulness" in model for model in models.values()):
+    if models and all("faithfulness" in model for model in models.values()):
         figures["faithfulness"] = _faithfulness(models, boxes)
     for role, model in models.items():
         if "attention" in model:
@@ -79,7 +81,8 @@ def single_heatmaps(results: dict[str, Any], role: str) -> dict[str, go.Figure]:
 
 def stage_limits(results: dict[str, Any]) -> dict[str, float]:
     """Colour limits by stage, the same for all models."""
-    stages = [[head_map(model, group) for model in results["models"].values()] for group in GROUPS]
+    models = with_circuit(results["models"]).values()
+    stages = [[head_map(model, group) for model in models] for group in GROUPS]
     return dict(zip(GROUPS, shared_limits(stages), strict=True))
 
 

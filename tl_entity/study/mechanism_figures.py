@@ -15,6 +15,7 @@ from tl_entity.plots.curves import Curve, Point, accuracy_scatter, layer_curves
 from tl_entity.plots.heatmaps import share_heatmap
 from tl_entity.study.figures import LETTERS, accuracy_bar, position_words
 from tl_entity.study.settings import GROUPS
+from tl_entity.study.store import with_circuit
 from tl_entity.tasks.boxes import BoxPrompt
 from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA
 
@@ -31,7 +32,7 @@ _INFORMATION_WORDS = {
 def mechanism_figures(results: dict[str, Any]) -> dict[str, go.Figure]:
     """All figures of these experiments, by file name."""
     figures: dict[str, go.Figure] = {}
-    for role, model in results["models"].items():
+    for role, model in with_circuit(results["models"]).items():
         figures[f"{role}_circuit"] = _circuit(model)
         for heads, record in model.get("information", {}).items():
             figures[f"{role}_carries_{heads}_heads"] = _carries(model, heads, record)

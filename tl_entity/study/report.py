@@ -31,6 +31,7 @@ from tl_entity.study.html import (
 from tl_entity.study.mechanism_report import mechanism_sections, verdict_section
 from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURACY
 from tl_entity.study.settings import GROUPS
+from tl_entity.study.store import with_circuit
 from tl_entity.study.verdict import headline
 
 PLANTED_NOTE = (
@@ -64,15 +65,19 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
     title = " and ".join(models[role]["label"] for role in roles)
     sections: list[tuple[str, str, str]] = [
         ("accuracy", "Accuracy", _accuracy_section(content, figures)),
-        ("circuits", "Circuits", _circuits_section(content, figures)),
     ]
+    whole, models = content, with_circuit(models)
+    content = {**whole, "models": models}
+    if models:
+        sections.append(("circuits", "Circuits", _circuits_section(content, figures)))
     if _has(models, "faithfulness"):
         sections.append(("faithfulness", "Faithfulness", _faithfulness_section(content, figures)))
     if content["same_circuit"] is not None:
         sections.append(("same", "The same heads?", _same_section(content)))
     if _has(models, "attention"):
         sections.append(("attention", "Attention", _attention_section(content, figures)))
-    sections += mechanism_sections(content, figures)
+    if models:
+        sections += mechanism_sections(content, figures)
     if any(model["planted"] for model in models.values()):
         sections.append(("planted", "Planted heads", _planted_section(content)))
     if content["verdict"]:
@@ -80,16 +85,16 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
     if _has(models, "faithfulness"):
         sections.append(("paper", "Beside the paper", _paper_section(content)))
     sections += [
-        ("again", "Settings, versions, running it again", _settings_section(content)),
+        ("again", "Settings, versions, running it again", _settings_section(whole)),
     ]
     links = "".join(f'<a href="#{name}">{escape(text)}</a> ' for name, text, _ in sections)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(content, problem))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(whole, problem))
     body = (
         f"<h1>Entity tracking in {escape(title)}</h1>"
         f'<p class="soft">Prompts of {settings["boxes"]} boxes, such as <q>The apple is in Box E, '
         "the bell is in Box Q. Box Q contains the</q> with the answer <q>bell</q>. "
         "Brackets hold 95 % intervals.</p>"
-        f'<p class="lead">{_lead(content)}</p>{notes}'
+        f'<p class="lead">{_lead(whole)}</p>{notes}'
         f'<nav aria-label="Contents">{links}</nav>'
         + "".join(
             f'<section id="{name}"><h2>{escape(text)}</h2>{html}</section>'
@@ -108,11 +113,14 @@ def summary(results: dict[str, Any]) -> list[str]:
     models, boxes = results["models"], results["settings"]["boxes"]
     lines = []
     for model in models.values():
-        sizes = "/".join(str(len(model["circuit"][group])) for group in GROUPS)
         lines.append(
             f"{model['label']}: accuracy {share_text(model['accuracy'][str(boxes)])} "
             f"on {boxes} boxes"
         )
+        if model["no_circuit"] is not None:
+            lines.append(f"{model['label']}: no circuit was looked for; {model['no_circuit']}.")
+            continue
+        sizes = "/".join(str(len(model["circuit"][group])) for group in GROUPS)
         line = f"{model['label']}: circuit of {_size(model)} heads ({sizes})"
         if "faithfulness" in model:
             control = model["faithfulness"]["random"]
@@ -124,7 +132,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def _has(models: dict[str, Any], experiment: str) -> bool:
-    return all(experiment in model for model in models.values())
+    return bool(models) and all(experiment in model for model in models.values())
 
 
 def _notes(content: dict[str, Any], problem: str | None) -> Iterable[str]:
@@ -132,6 +140,9 @@ def _notes(content: dict[str, Any], problem: str | None) -> Iterable[str]:
     if any(model["planted"] for model in models.values()):
         names = " and ".join(model["label"] for model in models.values() if model["planted"])
         yield f"The circuit of {names} {PLANTED_NOTE}"
+    for model in models.values():
+        if model["no_circuit"] is not None:
+            yield f"No circuit was looked for in {model['label']}: {model['no_circuit']}."
     if len(models) > 1 and content["not_compared"] is not None:
         yield f"The two models could not be compared head by head: {content['not_compared']}"
     if problem is not None:

@@ -35,6 +35,7 @@ from tl_entity.study.experiments import (
     measure_faithfulness,
     own_tokenizer,
     silent,
+    why_no_circuit,
 )
 from tl_entity.study.figures import figures_of
 from tl_entity.study.flow import knock_out_flow
@@ -141,7 +142,7 @@ def reproduce(
         }
         bench = Bench(role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds)
         others = {r: (d.circuit, models[r]) for r, d in discoveries.items() if apart is None}
-        models[role], discoveries[role] = _study_model(bench, others)
+        models[role], found = _study_model(bench, others)
         benches[role] = bench
         models[role] |= {
             "name": name,
@@ -154,7 +155,11 @@ def reproduce(
             "n_heads": facts[role].n_heads,
             "fingerprint": facts[role].fingerprint,
         }
-        store.write(f"{role}_circuit.json", discoveries[role].circuit.to_json())
+        if found is not None:
+            discoveries[role] = found
+            store.write(f"{role}_circuit.json", found.circuit.to_json())
+        elif apart is None:
+            apart = f"no circuit was found in {labels[role]}."
     results: Record = {
         "settings": {
             **dataclasses.asdict(settings),
@@ -287,15 +292,18 @@ def _labels(settings: Settings) -> dict[str, str]:
 
 def _study_model(
     bench: Bench, others: dict[str, tuple[Circuit, Record]]
-) -> tuple[Record, Discovery]:
-    """All experiments on one model, in order.
+) -> tuple[Record, Discovery | None]:
+    """All experiments on one model, in order; accuracy alone if there is no ability to explain.
 
     Args:
         bench: the model.
         others: circuits and records of models studied before it, with the same heads.
     """
     wants = bench.settings.wants
-    record: Record = {"accuracy": measure_accuracy(bench)}
+    record: Record = {"accuracy": measure_accuracy(bench), "planted": None}
+    record["no_circuit"] = why_no_circuit(bench, record["accuracy"])
+    if record["no_circuit"] is not None:
+        return record, None
     pairs, record["pairs"] = draw_pairs(bench)
     discovery, record["discovery"] = find_circuit(bench, pairs, record["pairs"])
     circuit = discovery.circuit

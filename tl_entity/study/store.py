@@ -24,6 +24,11 @@ Outcome = tuple[Record, dict[str, Tensor]]
 RESULTS, REPORT, TIMINGS, STEPS = "results.json", "report.html", "timings.json", "steps"
 
 
+def with_circuit(models: Mapping[str, Record]) -> dict[str, Record]:
+    """The models that a circuit was looked for in, by role, of those in results.json."""
+    return {role: model for role, model in models.items() if model["no_circuit"] is None}
+
+
 def to_json(content: object) -> str:
     """JSON with sorted keys and a line for each entry but the innermost lists; NaN becomes null."""
     return _indented(_plain(content), 0) + "\n"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tl_entity.heads import Head
 from tl_entity.study.settings import GROUPS
+from tl_entity.study.store import with_circuit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,9 @@ def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
             for model in models.values()
             for boxes, found in sorted(model["accuracy"].items(), key=lambda item: int(item[0]))
         ],
-        "circuits": [row for model in models.values() for row in _circuit_rows(model)],
+        "circuits": [
+            row for found in with_circuit(models).values() for row in _circuit_rows(found)
+        ],
         **{
             name: [row for model in models.values() if key in model for row in rows_of(model)]
             for name, (key, rows_of) in _OF_A_MODEL.items()
