@@ -5,14 +5,20 @@ import pytest
 
 from tl_entity.stats import (
     Bootstrap,
+    Interval,
     average_ranks,
-    bootstrap_ratio_interval,
     mean_intervals,
     overlap_by_chance,
+    paired_ratio_interval,
     percentile_interval,
     spearman,
     wilson_interval,
 )
+
+
+def ratio(top: np.ndarray, bottom: np.ndarray, *, seed: int, draws: int = 10_000) -> Interval:
+    """Of prompts drawn for it alone."""
+    return Bootstrap.draw(len(top), seed=seed, draws=draws).ratio(top, bottom)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +62,12 @@ def test_bootstrap_resamples_numerator_and_denominator_together() -> None:
     generator = np.random.default_rng(0)
     correct = (generator.random(50) < 0.5).astype(np.float64)
     # Whatever prompts are drawn, half of the same prompts is half; apart, the ratio would vary.
-    assert bootstrap_ratio_interval(correct / 2, correct, seed=0) == pytest.approx((0.5, 0.5))
+    assert ratio(correct / 2, correct, seed=0) == pytest.approx((0.5, 0.5))
 
 
 def test_bootstrap_finds_the_spread_of_a_proportion() -> None:
     half = np.array([1.0, 0.0] * 200)
-    low, high = bootstrap_ratio_interval(half, np.ones(400), seed=1)
+    low, high = ratio(half, np.ones(400), seed=1)
     # The standard error of 0.5 in 400 is 0.025.
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
@@ -70,15 +76,95 @@ def test_bootstrap_finds_the_spread_of_a_proportion() -> None:
 def test_the_seed_decides_the_bootstrap() -> None:
     generator = np.random.default_rng(0)
     top, bottom = generator.random(30), generator.random(30)
-    first = bootstrap_ratio_interval(top, bottom, seed=3, draws=200)
-    assert bootstrap_ratio_interval(top, bottom, seed=3, draws=200) == first
-    assert bootstrap_ratio_interval(top, bottom, seed=4, draws=200) != first
+    first = ratio(top, bottom, seed=3, draws=200)
+    assert ratio(top, bottom, seed=3, draws=200) == first
+    assert ratio(top, bottom, seed=4, draws=200) != first
 
 
 def test_draws_without_a_denominator_do_not_count() -> None:
     zero, one_of_two = np.zeros(2), np.array([1.0, 0.0])
-    assert bootstrap_ratio_interval(one_of_two, one_of_two, seed=0) == (1.0, 1.0)
-    assert all(math.isnan(bound) for bound in bootstrap_ratio_interval(zero, zero, seed=0))
+    assert ratio(one_of_two, one_of_two, seed=0) == (1.0, 1.0)
+    assert all(math.isnan(bound) for bound in ratio(zero, zero, seed=0))
+
+
+def of_200(n: int) -> np.ndarray:
+    """Success on the first `n` of 200 prompts."""
+    return np.arange(200) < n
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "low"),
+    [
+        # Of 200 prompts 35 before and 1 after: the one is missing from (199/200)^200 = 37 % of the
+        # draws, in which the ratio is infinite.
+        (35, 1, 10.33),
+        (35, 2, 6.67),
+        (24, 3, 3.67),
+    ],
+)
+def test_proportions_over_nothing_are_infinite(one: int, other: int, low: float) -> None:
+    found = Bootstrap.draw(200, seed=0).ratio_of_proportions(of_200(one), of_200(other))
+    assert found.low == pytest.approx(low, abs=0.5)
+    assert found.high == math.inf
+
+
+def test_proportions_by_hand() -> None:
+    bootstrap = Bootstrap.draw(200, seed=0, draws=400)
+    one, other = of_200(60), of_200(90)
+    found = bootstrap.ratio_of_proportions(one, other)
+    assert found == bootstrap.ratio(one.astype(np.float64), other.astype(np.float64))
+    assert found.low < 60 / 90 < found.high
+    ratios = bootstrap.means(one.astype(float)) / bootstrap.means(other.astype(float))
+    assert found == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])))
+
+
+def test_what_neither_proportion_has_counts_as_it_is_told() -> None:
+    two = Bootstrap(np.array([[2.0, 0.0]] * 30 + [[0.0, 2.0]] * 70))
+    one, other = np.array([True, False]), np.array([True, False])
+    # In 70 of 100 draws neither has a success.
+    assert two.ratio_of_proportions(one, other, neither=0.5) == (0.5, 1.0)
+    # Left out, there are 30 draws, all of the same ratio.
+    assert two.ratio_of_proportions(one, other) == paired_ratio_interval(1, 0, 0)
+    never = np.array([False, False])
+    assert all(math.isnan(end) for end in two.ratio_of_proportions(never, never))
+    assert two.ratio_of_proportions(never, never, neither=1.0) == (0, math.inf)
+
+
+@pytest.mark.parametrize("n", [1, 24, 200])
+def test_a_ratio_that_no_draw_varies_has_a_width_all_the_same(n: int) -> None:
+    bootstrap = Bootstrap.draw(200, seed=0)
+    z = 1.959963984540054
+    # None against n: Wilson's upper limit of 0 in n, z² / (n + z²), over his lower one of n in n,
+    # n / (n + z²).
+    none = bootstrap.ratio_of_proportions(of_200(0), of_200(n))
+    assert none == pytest.approx((0, z**2 / n))
+    # All against none, the other way round.
+    assert bootstrap.ratio_of_proportions(of_200(n), of_200(0)) == pytest.approx(
+        (n / z**2, math.inf)
+    )
+    # The same n in both: the quantile squared is z² (n + 2) / (2 (n + 1)).
+    narrow = z**2 * (n + 2) / (2 * (n + 1))
+    same = bootstrap.ratio_of_proportions(of_200(n), of_200(n))
+    assert same == pytest.approx((n / (n + narrow), (n + narrow) / n))
+
+
+def test_ratios_of_pairs_by_hand() -> None:
+    """Airway hyper-responsiveness before and after a transplant (Bentur 2009): both 1, only before
+    1, only after 7; a ratio of 2 to 8 among 9."""
+    spread = math.sqrt(10 / (3 * 9))
+    z = 1.959963984540054 * spread / (math.sqrt((1 - 3 / 11) / 3) + math.sqrt((1 - 9 / 11) / 9))
+    limits = [
+        (2 * x + z**2 + sign * z * math.sqrt(z**2 + 4 * x * (1 - x / 9))) / (2 * (9 + z**2))
+        for x in (2, 8)
+        for sign in (-1, 1)
+    ]
+    found = paired_ratio_interval(1, 1, 7)
+    assert found == pytest.approx((limits[0] / limits[3], limits[1] / limits[2]))
+    assert found == pytest.approx((0.068, 0.923), abs=5e-4)
+    # Which of the two is the numerator does not matter.
+    assert paired_ratio_interval(1, 7, 1) == pytest.approx((1 / found.high, 1 / found.low))
+    with pytest.raises(ValueError, match="no counts"):
+        paired_ratio_interval(1, -1, 0)
 
 
 def test_differences_and_ratios_share_their_draws() -> None:
@@ -88,7 +174,6 @@ def test_differences_and_ratios_share_their_draws() -> None:
     bootstrap = Bootstrap.draw(40, seed=3, draws=500)
     assert bootstrap.counts.shape == (500, 40)
     assert (bootstrap.counts.sum(1) == 40).all()
-    assert bootstrap.ratio(one, other) == bootstrap_ratio_interval(one, other, seed=3, draws=500)
     rows = [np.repeat(np.arange(40), counts.astype(int)) for counts in bootstrap.counts]
     by_hand = [one[chosen].mean() - other[chosen].mean() for chosen in rows]
     expected = np.quantile(by_hand, [0.025, 0.975])
@@ -105,6 +190,15 @@ def test_percentiles_pass_over_what_is_undefined() -> None:
     samples = np.append(np.linspace(0, 1, 1001), np.nan)
     assert percentile_interval(samples) == pytest.approx((0.025, 0.975))
     assert all(math.isnan(bound) for bound in percentile_interval(np.full(3, np.nan)))
+
+
+def test_percentiles_of_what_is_infinite_are_infinite() -> None:
+    # 97 finite draws of 100: the 97.5 % quantile lies among those that are not.
+    samples = np.append(np.arange(97.0), [np.inf] * 3)
+    assert percentile_interval(samples) == (2.0, math.inf)
+    # Of 99 it lies among the finite ones.
+    assert percentile_interval(np.append(np.arange(99.0), np.inf)) == (2.0, 97.0)
+    assert percentile_interval(np.full(5, np.inf)) == (math.inf, math.inf)
 
 
 def test_equal_values_share_the_mean_of_their_ranks() -> None:

@@ -288,7 +288,16 @@ def test_faithfulness_by_hand() -> None:
     )
     assert found == Faithfulness.of(circuit, model, seed=0)
     same = Faithfulness.of(model, model, seed=0)
-    assert (same.value, *same.interval) == (1.0, 1.0, 1.0)
+    # Four prompts right in both: what was not asked may differ. By Bonett and Price the ratio goes
+    # from n / (n + z²) to its inverse, z² being 1.96² · 6 / (2 · 5).
+    assert same.value == 1.0
+    assert same.interval == pytest.approx((4 / 6.305, 6.305 / 4), abs=1e-3)
+    many = evaluation([1] * 190 + [0] * 10)
+    assert Faithfulness.of(many, many, seed=0).interval == pytest.approx((0.99, 1.01), abs=1e-3)
+    # Nothing of 24 is not nothing at all: up to 1.96² / 24.
+    nothing = Faithfulness.of(evaluation([0] * 24), evaluation([1] * 24), seed=0)
+    assert nothing.value == 0.0
+    assert nothing.interval == pytest.approx((0, 0.16), abs=1e-3)
     hopeless = Faithfulness.of(circuit, evaluation([0] * 5), seed=0)
     assert math.isnan(hopeless.value)
     assert np.isnan(hopeless.interval).all()

@@ -65,7 +65,9 @@ def test_a_redundant_head_is_kept_and_an_idle_one_dropped(engine: str) -> None:
         assert not judged[head].kept
         assert judged[head].score == 0
         assert judged[head].removed == ()
-        assert judged[head].interval == (0.0, 0.0)
+        # The same 60 prompts with and without it, which is not all prompts: by Bonett and Price
+        # the ratio goes from n / (n + z²) to its inverse, z² being 1.96² · 62 / (2 · 61).
+        assert judged[head].interval == pytest.approx((60 / 61.952 - 1, 61.952 / 60 - 1), abs=1e-4)
     assert found.minimal == Circuit(
         (Group("copier", "last", (COPY, BACKUP)), Group("note_taker", "value", (NOTE,)))
     )
@@ -150,8 +152,7 @@ def test_engines_agree_and_the_seed_decides_the_intervals() -> None:
         assert (one.head, one.removed, one.score) == (same.head, same.removed, same.score)
         assert one.interval == pytest.approx(same.interval, nan_ok=True)
         assert differs.score == one.score
-        if math.isfinite(one.score):
-            assert one.interval.low <= one.score <= one.interval.high
+        assert one.interval.low <= one.score <= one.interval.high
     assert [h.interval for h in exact.heads] != [h.interval for h in other.heads]
     table = exact.to_dataframe()
     np.testing.assert_allclose(table["without_head_correct"] / 24, table["without_head"])

@@ -9,7 +9,7 @@ import torch
 
 from tl_entity.errors import InputError
 from tl_entity.output import check_writable
-from tl_entity.study.store import REPORT, RESULTS, Store, to_json
+from tl_entity.study.store import REPORT, RESULTS, Store, number_record, read_number, to_json
 
 
 class Work:
@@ -83,3 +83,15 @@ def test_json_is_sorted_and_has_no_nan():
     text = to_json(content)
     assert json.loads(text) == {"b": [1.0, None], "a": {"z": [[0, 1]], "7": "<"}, "e": []}
     assert text.index('"a"') < text.index('"b"')
+
+
+def test_infinity_comes_back_from_a_record(tmp_path):
+    numbers = [0.5, math.inf, math.nan]
+
+    def compute():
+        return {"numbers": [number_record(number) for number in numbers]}, {}
+
+    record, _ = Store(tmp_path).step("a", {}, compute)
+    assert record["numbers"] == [0.5, "infinite", None]
+    found = [read_number(number) for number in record["numbers"]]
+    assert found[:2] == numbers[:2] and math.isnan(found[2])

@@ -1,5 +1,6 @@
 """Is a circuit enough? Ablation, accuracy, faithfulness, random control (paper, §3.3)."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +25,7 @@ from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
-from tl_entity.stats import Interval, bootstrap_ratio_interval, wilson_interval
+from tl_entity.stats import Bootstrap, Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 if TYPE_CHECKING:
@@ -111,8 +112,10 @@ class Faithfulness(Result):
     Attributes:
         of_circuit: accuracy with every other head ablated.
         of_model: accuracy of the unedited model on the same prompts.
-        value: the ratio; NaN if the model answers nothing right.
-        interval: 95 % bootstrap interval, prompts resampled in pairs.
+        value: the ratio; NaN, as its interval, if the model answers nothing right.
+        interval: 95 % bootstrap interval, prompts resampled in pairs; where no resample differs, as
+            with a circuit that answers nothing or just what the model does, Bonett and Price's
+            (`Bootstrap.ratio_of_proportions`).
     """
 
     of_circuit: Evaluation
@@ -123,11 +126,11 @@ class Faithfulness(Result):
     @classmethod
     def of(cls, of_circuit: Evaluation, of_model: Evaluation, *, seed: int) -> "Faithfulness":
         """From the two evaluations; `seed` is that of the bootstrap."""
-        value = of_circuit.accuracy / of_model.accuracy if of_model.accuracy else float("nan")
-        interval = bootstrap_ratio_interval(
-            of_circuit.correct.cpu().numpy().astype(np.float64),
-            of_model.correct.cpu().numpy().astype(np.float64),
-            seed=seed,
+        if not of_model.accuracy:
+            return cls(of_circuit, of_model, math.nan, Interval(math.nan, math.nan))
+        value = of_circuit.accuracy / of_model.accuracy
+        interval = Bootstrap.draw(len(of_model), seed=seed).ratio_of_proportions(
+            of_circuit.correct.cpu().numpy(), of_model.correct.cpu().numpy()
         )
         return cls(of_circuit, of_model, value, interval)
 

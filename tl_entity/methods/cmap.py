@@ -172,7 +172,7 @@ class Patched:
         gain_interval: 95 % bootstrap interval, prompts resampled in pairs.
         recovered: the gain as a share of what the tuned model gains; NaN where that is nothing.
         recovered_interval: 95 % bootstrap interval; wide, and of little worth, where the two models
-            hardly differ.
+            hardly differ. Draws in which they don't differ at all have no share and are left out.
     """
 
     group: str

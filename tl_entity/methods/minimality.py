@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -46,8 +45,10 @@ class HeadMinimality:
         without_head: F(C \\ (K ∪ {v})).
         score: F(C \\ K) / F(C \\ (K ∪ {v})) - 1. Infinite if only the latter is 0; 0 if both are,
             where nothing is left that v could add to.
-        interval: 95 % bootstrap interval of the score, prompts resampled in pairs, K as it is;
-            draws in which nothing is left without v are left out, and NaN if all are.
+        interval: 95 % bootstrap interval of the score, prompts resampled in pairs, K as it is. A
+            draw in which nothing is left without v is infinite, or 0 if there was nothing before,
+            as the score is; so the upper end may be infinite. Where all draws are the same, Bonett
+            and Price's interval (`Bootstrap.ratio_of_proportions`).
         kept: whether the score reaches the threshold.
     """
 
@@ -298,8 +299,8 @@ def _judged(
     removed = ranked[: max(range(len(ranked) + 1), key=score)]
     before = found[name, frozenset(removed)]
     after = found[name, frozenset((*removed, head))]
-    ratio = bootstrap.ratio(
-        *(found.correct.cpu().numpy().astype(np.float64) for found in (before, after))
+    ratio = bootstrap.ratio_of_proportions(
+        *(found.correct.cpu().numpy() for found in (before, after)), neither=1.0
     )
     best = score(len(removed))
     return HeadMinimality(

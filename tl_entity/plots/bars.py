@@ -11,12 +11,14 @@ from tl_entity.plots.style import INK, STYLE
 
 @dataclass(frozen=True)
 class Bar:
-    """A share between 0 and 1 with its bounds, and, if it is a mean, the points it is of."""
+    """A share between 0 and 1 with its bounds, and, if it is a mean, the points it is of; `says`
+    stands beside it in place of the numbers, where these can't be drawn."""
 
     value: float
     low: float
     high: float
     points: tuple[float, ...] = field(default=())
+    says: str = ""
 
 
 @checked
@@ -102,7 +104,7 @@ def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Ba
             "color": INK,
         },
         customdata=[
-            f"{bar.value:.3f} [{bar.low:.3f}, {bar.high:.3f}]"
+            (bar.says or f"{bar.value:.3f} [{bar.low:.3f}, {bar.high:.3f}]")
             + (f"<br>{len(bar.points)} values" if bar.points else "")
             for bar in bars
         ],

@@ -25,7 +25,7 @@ from tl_entity.methods.circuits import (
 from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, Discovery, discover_circuit
 from tl_entity.methods.path_patching import HeadScores, path_patch
 from tl_entity.study.settings import FEWEST_PAIRS, Settings, stream_seed
-from tl_entity.study.store import Outcome, Record, Store
+from tl_entity.study.store import Outcome, Record, Store, number_record
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 from tl_entity.tasks.boxes import box_prompts
 from tl_entity.tasks.pairs import discovery_pairs
@@ -320,7 +320,7 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
             "circuit": accuracy_record(found.of_circuit),
             "model": accuracy_record(found.of_model),
             "faithfulness": found.value,
-            "interval": list(found.interval),
+            "interval": [number_record(end) for end in found.interval],
         }
 
     def compute() -> Outcome:

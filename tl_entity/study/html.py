@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from tl_entity.heads import Head
 from tl_entity.plots.render import figure_html
+from tl_entity.study.store import read_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +75,7 @@ def percent_text(found: dict[str, Any]) -> str:
 
 def ratio_text(found: dict[str, Any]) -> str:
     """A faithfulness with its interval."""
-    value, (low, high) = found["faithfulness"], found["interval"]
+    value, (low, high) = found["faithfulness"], map(read_number, found["interval"])
     if value is None or math.isnan(value):
         return "not defined (nothing is answered right)"
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"

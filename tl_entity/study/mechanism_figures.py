@@ -15,7 +15,7 @@ from tl_entity.plots.curves import Curve, Point, accuracy_scatter, layer_curves
 from tl_entity.plots.heatmaps import share_heatmap
 from tl_entity.study.figures import LETTERS, accuracy_bar, position_words
 from tl_entity.study.settings import GROUPS
-from tl_entity.study.store import with_circuit
+from tl_entity.study.store import read_number, with_circuit
 from tl_entity.tasks.boxes import BoxPrompt
 from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA
 
@@ -145,28 +145,25 @@ def _completeness(model: dict[str, Any]) -> go.Figure:
 
 def _minimality(model: dict[str, Any]) -> go.Figure:
     entries = model["minimality"]["entries"]
-    finite = [e["score"] for e in entries if not _is_infinite(e)]
-    highest = max([1.0, *finite, *(e["interval"][1] for e in entries if not _is_infinite(e))])
+    numbers = [[read_number(n) for n in (e["score"], *e["interval"])] for e in entries]
+    highest = max([1.0, *(n for some in numbers for n in some if math.isfinite(n))])
     series: dict[str, dict[str, Bar]] = {group_words(entry["group"]): {} for entry in entries}
-    for entry in entries:
-        value, (low, high) = entry["score"], entry["interval"]
-        if _is_infinite(entry):
-            # As high as the figure, and said so: these heads are the most needed of all.
-            value = low = high = highest
+    for entry, (value, low, high) in zip(entries, numbers, strict=True):
         name = str(Head(*entry["head"])) + ("" if entry["kept"] else " (dropped)")
-        name += " ∞" if _is_infinite(entry) else ""
-        series[group_words(entry["group"])][name] = Bar(value, low, high)
+        # What is infinite is as high as the figure, and marked: the most needed heads of all.
+        name += " ∞" if value == math.inf else " ↑" if high == math.inf else ""
+        series[group_words(entry["group"])][name] = Bar(
+            min(value, highest),
+            min(low, highest),
+            min(high, highest),
+            says=f"{value:.1%} [{low:.1%}, {high:.1%}]".replace("inf%", "∞"),
+        )
     figure = grouped_bars(
         series, title=f"{model['label']}: what the circuit loses with each head", axis="minimality"
     )
     figure.update_yaxes(range=None, autorange=True, tickformat=".0%", dtick=None)
     figure.update_layout(barmode="overlay")
     return figure
-
-
-def _is_infinite(entry: dict[str, Any]) -> bool:
-    bounds = (entry["score"], *entry["interval"])
-    return any(bound is None or isinstance(bound, str) or math.isinf(bound) for bound in bounds)
 
 
 def _knockout(model: dict[str, Any]) -> go.Figure:

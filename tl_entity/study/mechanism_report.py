@@ -157,7 +157,8 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
                 figures,
                 f"{role}_minimality",
                 "Heads by group, 95 % bootstrap intervals. Where nothing is left without a head, "
-                "its minimality is infinite: drawn to the top, and marked.",
+                "its minimality is infinite: drawn to the top, and marked &infin;. Where that "
+                "can't be ruled out, the interval reaches to the top: &uarr;.",
             )
             for role in content["models"]
         )
@@ -172,6 +173,8 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
                 "accuracy_then": "accuracy then",
                 "and_without_the_head": "and without the head",
                 "minimality": "minimality",
+                "low": "low",
+                "high": "high",
                 "kept": "kept",
             },
         )

@@ -6,7 +6,7 @@ from tl_entity.heads import Circuit
 from tl_entity.methods.completeness import Removal, completeness
 from tl_entity.methods.minimality import LARGEST_SHARE, HeadMinimality, minimality
 from tl_entity.study.experiments import Bench, accuracy_record, groups_record, heads_record
-from tl_entity.study.store import Outcome, Record
+from tl_entity.study.store import Outcome, Record, number_record
 
 RANDOM_PARTS = 20
 """Random parts of the circuit that completeness removes."""
@@ -115,8 +115,8 @@ def _head_record(found: HeadMinimality) -> Record:
         "removed": heads_record(found.removed),
         "without_removed": accuracy_record(found.without_removed),
         "without_head": accuracy_record(found.without_head),
-        # Infinite where nothing is left without the head, which JSON has no number for.
-        "score": found.score if found.score != float("inf") else "infinite",
-        "interval": list(found.interval),
+        # Infinite where nothing is left without the head.
+        "score": number_record(found.score),
+        "interval": [number_record(end) for end in found.interval],
         "kept": found.kept,
     }

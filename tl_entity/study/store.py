@@ -21,6 +21,9 @@ Record = dict[str, Any]
 Outcome = tuple[Record, dict[str, Tensor]]
 """A step's record and its tensors."""
 
+INFINITE = "infinite"
+"""Stands for infinity in a record."""
+
 RESULTS, REPORT, TIMINGS, STEPS = "results.json", "report.html", "timings.json", "steps"
 
 
@@ -37,6 +40,18 @@ def to_json(content: object) -> str:
 def fingerprint(content: object) -> str:
     """A hash of plain content, the same whatever the order of keys."""
     return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def number_record(number: float) -> float | str:
+    """A number that may be infinite, for which JSON has none."""
+    return INFINITE if number == math.inf else number
+
+
+def read_number(recorded: float | str | None) -> float:
+    """What `number_record` wrote; NaN for what became null."""
+    if recorded is None:
+        return math.nan
+    return math.inf if recorded == INFINITE else float(recorded)
 
 
 class Store:

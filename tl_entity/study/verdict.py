@@ -14,6 +14,7 @@ from tl_entity.methods.activation_patching import UNPATCHED
 from tl_entity.methods.cmap import OUTPUT, WHOLE_CIRCUIT
 from tl_entity.study.mechanism_figures import group_words, information_words, main_information
 from tl_entity.study.settings import GROUPS
+from tl_entity.study.store import read_number
 from tl_entity.tasks.desiderata import MAIN_DESIDERATA
 
 SIGNIFICANT = 0.01
@@ -533,8 +534,8 @@ def _number(value: float | None) -> str:
 def _ends(bounds: Any) -> tuple[float, float]:
     """Both ends of an interval; NaN, which is neither above nor below anything, for an interval
     that is not defined."""
-    low, high = bounds
-    return (math.nan, math.nan) if low is None or high is None else (low, high)
+    low, high = map(read_number, bounds)
+    return (math.nan, math.nan) if math.isnan(low) or math.isnan(high) else (low, high)
 
 
 def _interval(bounds: Any) -> str:

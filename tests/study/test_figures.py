@@ -1,0 +1,51 @@
+"""Figures and tables of what the main job's own tests have no example of."""
+
+from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES
+from tl_entity.study.mechanism_figures import mechanism_figures
+from tl_entity.study.settings import GROUPS
+from tl_entity.study.tables import tables_of
+
+
+def model(**more):
+    """A model's part of the results: one head a group, and what is given."""
+    stages = {
+        stage.group: {
+            "position": stage.position,
+            "into": stage.into,
+            "receiver_input": stage.receiver_input,
+            "scores": [[-0.5]],
+        }
+        for stage in ENTITY_TRACKING_STAGES
+    }
+    circuit = {group: [[0, 0]] for group in GROUPS}
+    return {"label": "base", "accuracy": {}, "circuit": circuit, "discovery": stages, **more}
+
+
+def results(**more):
+    return {"models": {"base": model()}, "cmap": {}, "same_circuit": None, "verdict": [], **more}
+
+
+def judged(group, head, score, interval):
+    share = {"accuracy": 0.5, "correct": 1, "prompts": 2, "interval": [0.2, 0.8]}
+    return {
+        "group": group, "head": head, "score": score, "interval": interval, "kept": True,
+        "removed": [], "without_removed": share, "without_head": share,
+    }  # fmt: skip
+
+
+def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
+    entries = [
+        judged("value_fetcher", [1, 0], 0.5, [0.2, 3.0]),
+        judged("value_fetcher", [1, 1], 2.0, [1.5, "infinite"]),
+        judged("pos_detector", [0, 2], "infinite", [4.0, "infinite"]),
+    ]
+    found = results(models={"base": model(minimality={"entries": entries})})
+    ends, says = {}, []
+    for trace in mechanism_figures(found)["base_minimality"].data:
+        for i, name in enumerate(trace.x):
+            low = trace.y[i] - trace.error_y.arrayminus[i]
+            ends[name] = (low, trace.y[i], trace.y[i] + trace.error_y.array[i])
+            says.append(trace.customdata[i])
+    assert ends == {"L1H0": (0.2, 0.5, 3.0), "L1H1 ↑": (1.5, 2.0, 4.0), "L0H2 ∞": (4.0, 4.0, 4.0)}
+    assert says[1:] == ["200.0% [150.0%, ∞]", "∞ [400.0%, ∞]"]
+    assert tables_of(found)["minimality"]["high"].tolist() == [3.0, "infinite", "infinite"]
