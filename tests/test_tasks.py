@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,16 @@ def test_pairs_share_nothing_but_the_form() -> None:
     assert len(stand_ins) == 5  # drawn anew for each pair
     again = discovery_pairs(TOKENIZER, 40, n_boxes=5, seed=0)
     assert torch.equal(pairs.corrupt.tokens, again.corrupt.tokens)
+
+
+def test_pairs_are_the_same_if_all_their_prompts_are() -> None:
+    pairs, again = (discovery_pairs(TOKENIZER, 6, n_boxes=3, seed=1) for _ in range(2))
+    assert pairs.same_as(again)
+    assert pairs[:4].same_as(again[torch.arange(4)])
+    assert not pairs.same_as(again[:4])
+    assert not pairs.same_as(again[torch.tensor([1, 0, 2, 3, 4, 5])])
+    mixed = replace(again, corrupt=again.corrupt[torch.tensor([1, 0, 2, 3, 4, 5])])
+    assert not pairs.same_as(mixed)
 
 
 def test_pairs_that_would_have_to_share_labels_are_refused() -> None:

@@ -50,7 +50,10 @@ def attention_and_comparison():
     fetcher = found[0].circuit["value_fetcher"][:1]
     models = {"base": base, "tuned": tuned}
     attention = attention_over_prompt(models, pairs.clean, fetcher, index=wrong)
-    return {"attention": attention.plot(), "comparison": compare(*found, seed=0).plot()}
+    return {
+        "attention": attention.plot(),
+        "comparison": compare(*found, seed=0, paired=True).plot(),
+    }
 
 
 def main(results: Path) -> None:

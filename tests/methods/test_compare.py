@@ -153,13 +153,13 @@ def test_only_heads_that_reach_in_both_can_be_shared() -> None:
     assert found.whole.population == 12 + 6 + 3
 
 
-@pytest.mark.parametrize("n_pairs", [12, 9])
-def test_intervals_are_of_circuits_chosen_anew(n_pairs: int) -> None:
+@pytest.mark.parametrize(("n_pairs", "paired"), [(12, True), (12, False), (9, False)])
+def test_intervals_are_of_circuits_chosen_anew(n_pairs: int, paired: bool) -> None:
     tuned = discovery(1, n_pairs=n_pairs)
-    found = compare(BASE, tuned, seed=5, draws=80, sizes=SIZES)
-    assert found.paired == (n_pairs == 12)
+    found = compare(BASE, tuned, seed=5, draws=80, sizes=SIZES, paired=paired)
+    assert found.paired is paired
     draws = [Bootstrap.draw(12, seed=5, draws=80)]
-    draws.append(draws[0] if found.paired else Bootstrap.draw(n_pairs, seed=6, draws=80))
+    draws.append(draws[0] if paired else Bootstrap.draw(n_pairs, seed=6, draws=80))
     jaccards: dict[str, list[float]] = {name: [] for name in (*SIZES, WHOLE_CIRCUIT)}
     recalls = []
     for draw in range(80):
@@ -204,7 +204,7 @@ def test_intervals_are_of_circuits_chosen_anew(n_pairs: int) -> None:
 
 
 def test_a_discovery_is_the_same_as_itself() -> None:
-    found = compare(BASE, BASE, seed=0)
+    found = compare(BASE, BASE, seed=0, paired=True)
     for overlap in (*found.groups, found.whole):
         assert (overlap.precision, overlap.recall, overlap.jaccard) == (1, 1, 1)
         assert overlap.jaccard_interval == (1, 1)
@@ -264,7 +264,7 @@ def test_planted_circuits_of_two_models_are_one() -> None:
             seed=0,
         )
     }
-    found = compare(*both, seed=0, faithfulness=faithfulness)
+    found = compare(*both, seed=0, paired=True, faithfulness=faithfulness)
     assert found.whole.shared == (("last", COPY), ("value", NOTE))
     assert found.whole.jaccard_interval == (1, 1)
     table = found.faithfulness_dataframe()
@@ -303,5 +303,7 @@ def test_discoveries_that_do_not_go_together_are_refused() -> None:
     )
     with pytest.raises(InputError, match="L3H0 of pos_detector can't reach"):
         compare(Discovery(Circuit(groups), BASE.scores, {}), TUNED, seed=0)
+    with pytest.raises(InputError, match="12 and 9 pairs are not the same"):
+        compare(BASE, discovery(1, n_pairs=9), seed=0, paired=True)
     with pytest.raises(InputError, match="not the 1 most important"):
         compare(BASE, TUNED, seed=0, sizes={**SIZES, "pos_detector": 1})

@@ -196,6 +196,8 @@ def test_a_model_beside_itself_has_the_same_circuit(settings, tmp_path):
         random_circuits=0, all_pairs=True, only=("faithfulness", "comparison"), png=False,
     )  # fmt: skip
     results = reproduce(twice, tmp_path)
+    # All pairs, so that both circuits are of the same ones.
+    assert results["same_circuit"]["paired"] is True
     same, scores = results["same_circuit"]["whole"], results["models"]["tuned"]["faithfulness"]
     assert len(same["shared"]) == same["first"] == same["second"]
     assert same["jaccard"] == 1

@@ -55,6 +55,7 @@ from tl_entity.study.store import (
 from tl_entity.study.tables import tables_of, to_markdown
 from tl_entity.study.transfer import compare_discoveries, patch_from_other
 from tl_entity.study.verdict import verdict
+from tl_entity.tasks.batches import PairBatch
 from tl_entity.tasks.pairs import discovery_pairs
 
 COMPUTING = ("tl_entity", "torch", "transformer_lens", "transformers")
@@ -127,6 +128,7 @@ def reproduce(
     labels = _labels(settings)
     benches: dict[str, Bench] = {}
     discoveries: dict[str, Discovery] = {}
+    drawn: dict[str, PairBatch] = {}
     seeds: dict[str, int] = {}
     models: Record = {}
     for role, name in settings.models.items():
@@ -156,8 +158,8 @@ def reproduce(
             "fingerprint": facts[role].fingerprint,
         }
         if found is not None:
-            discoveries[role] = found
-            store.write(f"{role}_circuit.json", found.circuit.to_json())
+            discoveries[role], drawn[role] = found
+            store.write(f"{role}_circuit.json", discoveries[role].circuit.to_json())
         elif apart is None:
             apart = f"no circuit was found in {labels[role]}."
     results: Record = {
@@ -177,7 +179,11 @@ def reproduce(
         base, tuned = benches["base"], benches["tuned"]
         if settings.wants("comparison"):
             results["same_circuit"] = compare_discoveries(
-                tuned, discoveries["base"], discoveries["tuned"]
+                tuned,
+                discoveries["base"],
+                discoveries["tuned"],
+                # Where each model has its own that it answers right, they differ.
+                paired=drawn["base"].same_as(drawn["tuned"]),
             )
         if settings.wants("cmap"):
             for into, source in ((base, tuned), (tuned, base)):
@@ -292,8 +298,9 @@ def _labels(settings: Settings) -> dict[str, str]:
 
 def _study_model(
     bench: Bench, others: dict[str, tuple[Circuit, Record]]
-) -> tuple[Record, Discovery | None]:
+) -> tuple[Record, tuple[Discovery, PairBatch] | None]:
     """All experiments on one model, in order; accuracy alone if there is no ability to explain.
+    Also its circuit, and the pairs it was found from.
 
     Args:
         bench: the model.
@@ -328,7 +335,7 @@ def _study_model(
         record["knockout"] = knock_out_flow(bench)
     known = bench.settings.planted(bench.role)
     record["planted"] = None if known is None else compare_with_planted(circuit, known)
-    return record, discovery
+    return record, (discovery, pairs)
 
 
 def _write(store: Store, results: Record, say: Callable[[str], object]) -> None:

@@ -84,15 +84,17 @@ def _entry_record(entry: Patched) -> Record:
     }
 
 
-def compare_discoveries(bench: Bench, base: Discovery, tuned: Discovery) -> Record:
+def compare_discoveries(bench: Bench, base: Discovery, tuned: Discovery, *, paired: bool) -> Record:
     """Heads that two models' circuits share, by group and in all, beside what chance would give.
 
     Args:
         bench: either model; it knows the seeds.
         base: found in the base.
         tuned: found in its fine-tune.
+        paired: whether both were found from the same pairs.
     """
-    found = compare(base, tuned, seed=bench.seed("comparison"), sizes=bench.sizes)
+    seed = bench.seed("comparison")
+    found = compare(base, tuned, seed=seed, sizes=bench.sizes, paired=paired)
     return {
         "groups": {overlap.name: _overlap_record(overlap) for overlap in found.groups},
         "whole": _overlap_record(found.whole),

@@ -151,6 +151,13 @@ class PairBatch:
         foils = None if self.foils is None else self.foils[rows]
         return PairBatch(self.clean[rows], self.corrupt[rows], self.targets[rows], foils)
 
+    def same_as(self, other: "PairBatch") -> bool:
+        """Whether these are the same prompts, in the same pairs and order."""
+        return all(
+            torch.equal(ours.tokens * ours.mask, theirs.tokens * theirs.mask)
+            for ours, theirs in ((self.clean, other.clean), (self.corrupt, other.corrupt))
+        )
+
     def to(self, device: str | torch.device) -> "PairBatch":
         """The same pairs on another device."""
         return PairBatch(
