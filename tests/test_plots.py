@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tl_entity.heads import Head
-from tl_entity.plots.bars import Bar, accuracy_bars
+from tl_entity.plots.bars import Bar, accuracy_bars, add_level, grouped_bars
 from tl_entity.plots.heatmaps import (
     HeadMap,
     attention_heatmap,
@@ -138,3 +138,31 @@ def test_png_without_a_browser():
     picture = figure_png(head_heatmap(panel()), width=300, height=200)
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", picture[16:24]) == (600, 400)
+
+
+def levels(*named):
+    """The names beside levels, and the margin they have."""
+    figure = grouped_bars({"a": {"b": Bar(0.5, 0.4, 0.6)}}, title="title")
+    for name, value in named:
+        add_level(figure, name, Bar(value, value, value))
+    return figure.layout.annotations, figure.layout.margin.r
+
+
+def test_long_names_of_levels_are_broken_into_lines_that_fit_the_margin():
+    name = "qwen + qwen2.5-coder-0.5b-instruct-skills"
+    (label,), margin = levels((name, 0.7))
+    lines = label.text.split("<br>")
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "") + "0.700"
+    # Twelve pixels high, a letter is no wider than eight.
+    assert max(map(len, lines)) * 8 <= margin + 10 < 180
+    (short,), least = levels(("base", 0.7))
+    assert short.text == "base<br>0.700" and least == 120
+    (whole,), _ = levels(("x" * 40, 0.7))
+    assert max(map(len, whole.text.split("<br>"))) <= 18
+
+
+def test_names_of_close_levels_do_not_cover_each_other():
+    for first, second in ((0.5, 0.55), (0.55, 0.5)):
+        labels, _ = levels(("one", first), ("two", second))
+        anchors = {label.y: label.yanchor for label in labels}
+        assert anchors == {0.5: "top", 0.55: "bottom"}

@@ -2,11 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import wrap
+from typing import Any
 
 import plotly.graph_objects as go
 
 from tl_entity._typing import checked
 from tl_entity.plots.style import INK, STYLE
+
+LEVEL = "level"
+"""Names the annotations of `add_level`."""
+
+LEVEL_CHARACTERS, LEVEL_SIZE, LEVEL_MARGIN = 18, 12, 120
+"""Characters in a line of a level's name, their size in pixels, and the least margin for them."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +79,37 @@ def grouped_bars(
 @checked
 def add_level(figure: go.Figure, name: str, level: Bar, *, colour: str = INK) -> None:
     """A dashed line across the figure for something that all bars are compared with, and its
-    interval as a band."""
+    interval as a band.
+
+    Its name stands on the right, in lines short enough for a narrow page; the margin is as wide as
+    they are. Of several levels, which may be close to each other, the highest has its name above
+    its line and the others below theirs.
+    """
     figure.add_hrect(
         y0=level.low, y1=level.high, fillcolor=colour, opacity=0.08, line_width=0, layer="below"
     )
     figure.add_hline(y=level.value, line={"color": colour, "dash": "dash", "width": 1.5})
+    lines = [*wrap(name, LEVEL_CHARACTERS), f"{level.value:.3f}"]
     figure.add_annotation(
-        text=f"{name}<br>{level.value:.3f}",
+        text="<br>".join(lines),
+        name=LEVEL,
         x=1.005,
         xref="paper",
         y=level.value,
         xanchor="left",
         align="left",
         showarrow=False,
-        font={"color": colour, "size": 12},
+        font={"color": colour, "size": LEVEL_SIZE},
     )
-    figure.update_layout(margin_r=120)
+    layout: Any = figure.layout
+    levels = sorted(
+        (note for note in layout.annotations if note.name == LEVEL), key=lambda note: note.y
+    )
+    for note in levels if len(levels) > 1 else []:
+        note.yanchor = "bottom" if note is levels[-1] else "top"
+    # A character is about 0.6 of its size wide.
+    widest = max(map(len, lines)) * 0.6 * LEVEL_SIZE + 20
+    figure.update_layout(margin_r=max(layout.margin.r or 0, LEVEL_MARGIN, round(widest)))
 
 
 def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Bar]) -> None:
