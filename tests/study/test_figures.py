@@ -18,7 +18,8 @@ def model(**more):
         for stage in ENTITY_TRACKING_STAGES
     }
     circuit = {group: [[0, 0]] for group in GROUPS}
-    return {"label": "base", "accuracy": {}, "circuit": circuit, "discovery": stages, **more}
+    known = {"label": "base", "accuracy": {}, "no_circuit": None}
+    return {**known, "circuit": circuit, "discovery": stages, **more}
 
 
 def results(**more):
