@@ -121,6 +121,12 @@ def test_the_known_sets_give_the_known_numbers() -> None:
     # C(12, 3) = 220 choices: 4 share three, 6 · 8 = 48 share two, 4 · 28 = 112 one, 56 none.
     assert only.p_value == pytest.approx(52 / 220)
     assert only.chance_jaccard == pytest.approx((112 / 6 + 48 * 2 / 5 + 4 * 3 / 4) / 220)
+    # With 97.5 % at most two are shared, none with more than 2.5 %.
+    assert only.chance_interval == (0, 2 / 5)
+    figure = found.plot()
+    assert [trace.name for trace in figure.data] == ["both circuits", "drawn at random"]
+    assert figure.data[0].y[0] == 2 / 5
+    assert figure.data[1].y[0] + figure.data[1].error_y.array[0] == 2 / 5
     # Ranks: four heads 2.5 and eight 8.5, three heads 2 and nine 8; two of them shared.
     one = np.array([2.5] * 4 + [8.5] * 8)
     other = np.array([8, 8, 2, 2, 2, *[8] * 7])

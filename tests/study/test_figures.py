@@ -50,3 +50,34 @@ def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
     assert ends == {"L1H0": (0.2, 0.5, 3.0), "L1H1 ↑": (1.5, 2.0, 4.0), "L0H2 ∞": (4.0, 4.0, 4.0)}
     assert says[1:] == ["200.0% [150.0%, ∞]", "∞ [400.0%, ∞]"]
     assert tables_of(found)["minimality"]["high"].tolist() == [3.0, "infinite", "infinite"]
+
+
+def overlap(jaccard, low, high):
+    return {
+        "first": 2, "second": 2, "shared": [[0, 0]], "only_first": [], "only_second": [],
+        "shared_by_chance": 0.5, "p_value": 0.1, "population": 9,
+        "jaccard": jaccard, "jaccard_interval": [low, high],
+        "jaccard_by_chance": 0.2, "jaccard_by_chance_interval": [0.0, 0.3],
+        "precision": 0.6, "precision_interval": [0.5, 0.7],
+        "recall": 0.7, "recall_interval": [0.6, 0.8],
+        "rank_correlation": None, "rank_correlation_interval": [None, None],
+    }  # fmt: skip
+
+
+def test_the_comparison_shows_each_group_beside_chance():
+    groups = {group: overlap(0.5, 0.2, 0.6) for group in GROUPS}
+    # A group without heads in either circuit has nothing to compare.
+    groups["struct_reader"] = overlap(None, None, None)
+    same = {"groups": groups, "whole": overlap(0.4, 0.3, 0.5), "paired": True}
+    found = results(
+        models={"base": model(), "tuned": model() | {"label": "tuned"}}, same_circuit=same
+    )
+    circuits, random = mechanism_figures(found)["comparison"].data
+    names = ["A value_fetcher", "B pos_transmitter", "C pos_detector", "whole circuit"]
+    assert list(circuits.x) == list(random.x) == names
+    assert list(circuits.y) == [0.5, 0.5, 0.5, 0.4]
+    assert circuits.customdata[3] == "0.400 [0.300, 0.500]"
+    assert random.customdata[0] == "0.200 [0.000, 0.300]"
+    row = tables_of(found)["comparison"].iloc[-1]
+    assert (row["precision_low"], row["recall_high"]) == (0.5, 0.8)
+    assert (row["jaccard_by_chance"], row["jaccard_by_chance_high"]) == (0.2, 0.3)

@@ -127,6 +127,7 @@ def test_better_by_the_same_mechanism(results):
     texts = {finding["question"]: finding["text"] for finding in verdict(results)}
     assert "0.600 [0.500, 0.700]" in texts[BETTER] and "+0.300 [0.200, 0.400]" in texts[BETTER]
     assert "0.82 [0.700, 0.900]" in texts[SAME_HEADS]
+    assert finding(results, SAME_HEADS)["figure"] == "comparison"
     assert "0.90 [0.800, 1.000] of the fine-tuned model's circuit" in texts[SAME_HEADS]
     assert texts[MECHANISM].count("keeps 0.95 [0.900, 0.980] of its accuracy") == 2
     assert "Of 2 removals" in texts[MECHANISM]

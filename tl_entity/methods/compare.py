@@ -107,22 +107,28 @@ class Overlap:
     @property
     def jaccard(self) -> float:
         """Shared heads as a share of those in either; NaN if there are none."""
-        return _share(len(self.shared), len(self.shared) + len(self.new) + len(self.lost))
+        return self._jaccard_of(len(self.shared))
 
     @property
     def chance_jaccard(self) -> float:
         """The Jaccard index to be expected by chance."""
-        both = 2 * len(self.shared) + len(self.new) + len(self.lost)
-        if both == 0:
-            return float("nan")
         return math.fsum(
-            p * shared / (both - shared) for shared, p in enumerate(self.chance.probabilities)
+            p * self._jaccard_of(shared) for shared, p in enumerate(self.chance.probabilities)
         )
+
+    @property
+    def chance_interval(self) -> Interval:
+        """The Jaccard indices between which 95 % of random choices lie."""
+        return Interval(self._jaccard_of(self.chance.low), self._jaccard_of(self.chance.high))
 
     @property
     def p_value(self) -> float:
         """How probable it is to share this many heads or more by chance."""
         return self.chance.at_least(len(self.shared))
+
+    def _jaccard_of(self, shared: int) -> float:
+        """The Jaccard index of circuits of these sizes that share so many heads."""
+        return _share(shared, 2 * len(self.shared) + len(self.new) + len(self.lost) - shared)
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,9 @@ class Comparison(Result):
                     "chance_shared": overlap.chance.expected,
                     "chance_low": overlap.chance.low,
                     "chance_high": overlap.chance.high,
-                    "chance_jaccard": overlap.chance_jaccard,
+                    **_with_interval(
+                        "chance_jaccard", overlap.chance_jaccard, overlap.chance_interval
+                    ),
                     "p_value": overlap.p_value,
                     **_with_interval(
                         "correlation", overlap.correlation, overlap.correlation_interval
@@ -218,22 +226,18 @@ class Comparison(Result):
         )
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
-        """Jaccard index of each group's heads with its interval, beside the level of chance."""
-        from tl_entity.plots.bars import Bar, grouped_bars
+        """Jaccard index of each group's heads with its interval, beside what chance would give:
+        the mean, and the range of 95 % of random choices."""
+        from tl_entity.plots.bars import Bar, overlap_bars
 
         overlaps = {overlap.name: overlap for overlap in (*self.groups, self.whole)}
-        found = {name: Bar(o.jaccard, *o.jaccard_interval) for name, o in overlaps.items()}
-        chance = {
-            name: Bar(o.chance_jaccard, o.chance_jaccard, o.chance_jaccard)
-            for name, o in overlaps.items()
-        }
-        return grouped_bars(
-            {"both circuits": found, "by chance": chance},
+        return overlap_bars(
+            {name: Bar(o.jaccard, *o.jaccard_interval) for name, o in overlaps.items()},
+            {name: Bar(o.chance_jaccard, *o.chance_interval) for name, o in overlaps.items()},
             title=f"{len(self.whole.shared)} heads in both circuits, "
             f"{self.whole.chance.expected:.1f} by chance"
             if title is None
             else title,
-            axis="Jaccard index",
         )
 
     def heads_dataframe(self) -> "pd.DataFrame":

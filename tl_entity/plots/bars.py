@@ -1,5 +1,6 @@
 """Bars of shares between 0 and 1, each with its interval."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from textwrap import wrap
@@ -8,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tl_entity._typing import checked
-from tl_entity.plots.style import INK, STYLE
+from tl_entity.plots.style import FAINT, INK, STYLE
 
 LEVEL = "level"
 """Names the annotations of `add_level`."""
@@ -110,6 +111,24 @@ def add_level(figure: go.Figure, name: str, level: Bar, *, colour: str = INK) ->
     # A character is about 0.6 of its size wide.
     widest = max(map(len, lines)) * 0.6 * LEVEL_SIZE + 20
     figure.update_layout(margin_r=max(layout.margin.r or 0, LEVEL_MARGIN, round(widest)))
+
+
+@checked
+def overlap_bars(found: Mapping[str, Bar], chance: Mapping[str, Bar], *, title: str) -> go.Figure:
+    """Jaccard indices with their intervals, each beside what chance would give.
+
+    Args:
+        found: by category; what has no value is left out.
+        chance: the same by chance: the mean, and the range of 95 % of random choices.
+        title: above all.
+    """
+    kept = [name for name, bar in found.items() if not math.isnan(bar.value)]
+    figure = grouped_bars(
+        {"both circuits": {name: found[name] for name in kept}}, title=title, axis="Jaccard index"
+    )
+    _add_bars(figure, "drawn at random", kept, [chance[name] for name in kept])
+    figure.update_traces(marker_color=FAINT, selector={"name": "drawn at random"})
+    return figure
 
 
 def _add_bars(figure: go.Figure, name: str, categories: list[str], bars: list[Bar]) -> None:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from tl_entity.heads import Head
 from tl_entity.methods.activation_patching import UNPATCHED
 from tl_entity.methods.cmap import OUTPUT, WHOLE_CIRCUIT
-from tl_entity.plots.bars import Bar, add_level, grouped_bars
+from tl_entity.plots.bars import Bar, add_level, grouped_bars, overlap_bars
 from tl_entity.plots.circuit_diagram import Edge, Node, circuit_diagram
 from tl_entity.plots.curves import Curve, Point, accuracy_scatter, layer_curves
 from tl_entity.plots.heatmaps import share_heatmap
@@ -39,6 +39,8 @@ def mechanism_figures(results: dict[str, Any]) -> dict[str, go.Figure]:
         for name, draw in _FIGURES.items():
             if name in model:
                 figures[f"{role}_{name}"] = draw(model)
+    if results["same_circuit"] is not None:
+        figures["comparison"] = _comparison(results)
     for name, record in results["cmap"].items():
         figures[f"cmap_{name}"] = _cmap(results, record)
     return figures
@@ -201,6 +203,28 @@ def _cmap(results: dict[str, Any], record: dict[str, Any]) -> go.Figure:
     order = [*map(group_words, GROUPS), WHOLE_CIRCUIT]
     figure.update_xaxes(categoryorder="array", categoryarray=order)
     return figure
+
+
+def _comparison(results: dict[str, Any]) -> go.Figure:
+    same = results["same_circuit"]
+    base, tuned = (model["label"] for model in results["models"].values())
+    parts = {group_words(name): same["groups"][name] for name in GROUPS}
+    parts[WHOLE_CIRCUIT] = same["whole"]
+
+    def bars(measure: str) -> dict[str, Bar]:
+        found = {
+            name: map(read_number, (part[measure], *part[f"{measure}_interval"]))
+            for name, part in parts.items()
+        }
+        return {name: Bar(value, low, high) for name, (value, low, high) in found.items()}
+
+    whole = same["whole"]
+    return overlap_bars(
+        bars("jaccard"),
+        bars("jaccard_by_chance"),
+        title=f"{base} and {tuned}: {len(whole['shared'])} heads in both circuits, "
+        f"{whole['shared_by_chance']:.1f} by chance",
+    )
 
 
 _FIGURES = {

@@ -73,7 +73,7 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
     if _has(models, "faithfulness"):
         sections.append(("faithfulness", "Faithfulness", _faithfulness_section(content, figures)))
     if content["same_circuit"] is not None:
-        sections.append(("same", "The same heads?", _same_section(content)))
+        sections.append(("same", "The same heads?", _same_section(content, figures)))
     if _has(models, "attention"):
         sections.append(("attention", "Attention", _attention_section(content, figures)))
     if models:
@@ -324,7 +324,7 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
     )
 
 
-def _same_section(content: dict[str, Any]) -> str:
+def _same_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
     same, names = content["same_circuit"], [m["label"] for m in content["models"].values()]
     parts = {**{group: same["groups"][group] for group in GROUPS}, "whole circuit": same["whole"]}
     rows = [
@@ -335,6 +335,8 @@ def _same_section(content: dict[str, Any]) -> str:
             heads_html(found["only_second"]),
             f"{found['shared_by_chance']:.2f}",
             f"{found['p_value']:.2g}",
+            _with_interval(found, "precision"),
+            _with_interval(found, "recall"),
             _with_interval(found, "jaccard"),
             _with_interval(found, "rank_correlation"),
         ]
@@ -343,9 +345,17 @@ def _same_section(content: dict[str, Any]) -> str:
     return (
         "<p>Heads in the same group of both circuits, beside how many two circuits of these sizes "
         "drawn at random would share (hypergeometric), and how probable it is that chance shares "
-        "as many. The rank correlation is Spearman's, of the score maps over the heads that can "
-        "reach the receivers in both models. Intervals are bootstraps over the pairs, the heads "
-        "chosen anew each time.</p>"
+        "as many. Precision is the share of the second circuit's heads that the first one has too, "
+        "recall the share of the first one's that the second has too, and the Jaccard index that "
+        "of the heads of either that are in both. The rank correlation is Spearman's, of the score "
+        "maps over the heads that can reach the receivers in both models. Intervals are bootstraps "
+        "over the pairs, the heads chosen anew each time.</p>"
+        + figure_element(
+            figures,
+            "comparison",
+            "Jaccard index of each group. Circuits: 95 % bootstrap intervals. Drawn at random: the "
+            "mean, and the range of 95 % of the draws.",
+        )
         + table(
             [
                 "group",
@@ -354,6 +364,8 @@ def _same_section(content: dict[str, Any]) -> str:
                 f"only {escape(names[1])}",
                 "by chance",
                 "p",
+                "precision",
+                "recall",
                 "Jaccard index",
                 "rank correlation",
             ],

@@ -224,7 +224,13 @@ def _comparison_rows(same: Mapping[str, Any] | None) -> list[Row]:
             "p_value": found["p_value"],
             **{
                 key: value
-                for measure in ("precision", "recall", "jaccard", "rank_correlation")
+                for measure in (
+                    "precision",
+                    "recall",
+                    "jaccard",
+                    "jaccard_by_chance",
+                    "rank_correlation",
+                )
                 for key, value in (
                     (measure, found[measure]),
                     (f"{measure}_low", found[f"{measure}_interval"][0]),

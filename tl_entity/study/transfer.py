@@ -119,6 +119,8 @@ def _overlap_record(overlap: Overlap) -> Record:
         "recall_interval": list(overlap.recall_interval),
         "jaccard": overlap.jaccard,
         "jaccard_interval": list(overlap.jaccard_interval),
+        "jaccard_by_chance": overlap.chance_jaccard,
+        "jaccard_by_chance_interval": list(overlap.chance_interval),
         "rank_correlation": overlap.correlation,
         "rank_correlation_interval": list(overlap.correlation_interval),
     }

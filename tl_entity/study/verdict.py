@@ -192,7 +192,7 @@ def _same_heads(results: Mapping[str, Any]) -> Finding:
         f"(p = {p_value:.2g}). The base model's heads make up {_number(whole['precision'])} "
         f"{_interval(whole['precision_interval'])} of the fine-tuned model's circuit, which has "
         f"{_number(whole['recall'])} {_interval(whole['recall_interval'])} of them.",
-        "tuned_circuit",
+        "comparison",
         "the heads found are the same"
         if _same_circuits(results)
         else "the heads found are mostly the same",
