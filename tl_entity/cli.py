@@ -147,7 +147,13 @@ def _add_study_options(command: "_OneLineParser") -> None:
         type=_whole_number(2),
         default=200,
         metavar="N",
-        help="prompts an accuracy and pairs a discovery (default: 200)",
+        help="prompts an accuracy (default: 200)",
+    )
+    add(
+        "--pairs",
+        type=_whole_number(2),
+        metavar="N",
+        help="pairs of prompts that each circuit is found from (default: as many as --prompts)",
     )
     add(
         "--boxes",
@@ -438,6 +444,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         base_adapter=options.base_adapter,
         tuned_adapter=options.tuned_adapter,
         prompts=options.prompts,
+        pairs=options.pairs,
         boxes=options.boxes,
         sizes=options.sizes and dict(zip(GROUPS, options.sizes, strict=True)),
         receiver_sizes=options.receiver_sizes

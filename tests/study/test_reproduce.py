@@ -376,6 +376,20 @@ def test_models_of_another_make_are_told_apart_before_any_work(settings, tmp_pat
     assert "could not be compared head by head: The models differ in rotary_base" in page
 
 
+def test_pairs_of_a_discovery_may_be_fewer_than_prompts(settings, results, tmp_path):
+    """Each is what a run with so many of both finds; the rest of the command says so."""
+    alone = replace(settings, tuned=None, only=("knockout",))
+    mixed = reproduce(replace(alone, prompts=8, pairs=6), tmp_path / "mixed")
+    record = mixed["models"]["base"]
+    assert record["pairs"]["kept"] == 6 and record["accuracy"]["2"]["prompts"] == 8
+    assert record["knockout"]["curves"][0]["whole"]["prompts"] == 8
+    few = results["models"]["base"]["discovery"]
+    for group, stage in record["discovery"].items():
+        assert stage["scores"] == [pytest.approx(row, abs=1e-5) for row in few[group]["scores"]]
+    assert "--prompts 8 --pairs 6" in command(mixed["settings"])
+    assert "--pairs" not in command(results["settings"])
+
+
 def test_a_second_command_in_a_folder_keeps_what_the_first_one_found(settings, tmp_path):
     alone = replace(settings, tuned=None, only=("faithfulness",))
     reproduce(alone, tmp_path, join=True)

@@ -34,7 +34,7 @@ def test_sizes_that_the_model_cannot_fill_are_refused(what, count):
         sizes(16, **{what: given})
 
 
-@pytest.mark.parametrize("name", ["prompts", "boxes", "batch_size", "seed"])
+@pytest.mark.parametrize("name", ["prompts", "pairs", "boxes", "batch_size", "seed"])
 def test_too_small_numbers_are_refused(name):
     with pytest.raises(InputError, match=name.replace("_", " ")):
         Settings(**{name: -1})

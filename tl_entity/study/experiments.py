@@ -39,7 +39,7 @@ SMALL_MODEL, SMALL_MODEL_BATCH = 10_000_000, 128
 not into arithmetic."""
 
 TRIES = 4
-"""At most so many times the wanted prompts are tried for ones that are answered right."""
+"""At most so many times the wanted pairs are tried for ones whose prompt is answered right."""
 
 
 class Count(Protocol):
@@ -194,21 +194,22 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
         InputError: if too few prompts are answered right.
     """
     s = bench.settings
-    tries = s.prompts if s.all_pairs else TRIES * s.prompts
+    n_pairs = s.discovery_pairs
+    tries = n_pairs if s.all_pairs else TRIES * n_pairs
     seed = bench.seed("pairs")
     pairs = discovery_pairs(bench.tokenizer, tries, n_boxes=s.boxes, seed=seed)
 
     def compute() -> Outcome:
         kept: list[int] = []
         tried = 0
-        with bench.progress(f"{bench.role}: prompts answered right", s.prompts) as done:
+        with bench.progress(f"{bench.role}: prompts answered right", n_pairs) as done:
             for chunk in pairs.chunks(bench.batch_size):
                 right = bench.evaluate(chunk.clean).correct | s.all_pairs
-                wanted = s.prompts - len(kept)
+                wanted = n_pairs - len(kept)
                 found = [tried + index for index in right.nonzero().squeeze(1).tolist()][:wanted]
                 kept += found
                 done(len(found))
-                if len(kept) == s.prompts:
+                if len(kept) == n_pairs:
                     # Those after the last one that was needed were not looked at.
                     tried = kept[-1] + 1
                     break
@@ -217,9 +218,9 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
             "kept": torch.tensor(kept, dtype=torch.long)
         }
 
-    inputs = {"prompts": s.prompts, "boxes": s.boxes, "seed": seed, "all": s.all_pairs}
+    inputs = {"pairs": n_pairs, "boxes": s.boxes, "seed": seed, "all": s.all_pairs}
     record, tensors = bench.step("pairs", inputs, compute)
-    if record["kept"] < min(FEWEST_PAIRS, s.prompts):
+    if record["kept"] < min(FEWEST_PAIRS, n_pairs):
         raise InputError(
             f"{s.models[bench.role]} answers only {record['kept']} of {record['tried']} prompts of "
             f"{s.boxes} boxes right, too few to find its circuit from; ask for fewer boxes, "
@@ -239,7 +240,7 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discove
         group = next(stages).group
 
         inputs = {name: value for name, value in how.items() if name != "progress"}
-        asked = {"prompts": s.prompts, "boxes": s.boxes, "seed": bench.seeds["pairs"]}
+        asked = {"pairs": s.discovery_pairs, "boxes": s.boxes, "seed": bench.seeds["pairs"]}
         parts: list[dict[str, Tensor]] = []
         with ExitStack() as stack:
             bars: list[Callable[[int], object]] = []

@@ -533,7 +533,10 @@ def command(settings: dict[str, Any]) -> str:
     for role in ("base", "tuned"):
         if settings[f"{role}_adapter"] is not None:
             words += [f"--{role}-adapter", settings[f"{role}_adapter"]]
-    words += ["--prompts", str(settings["prompts"]), "--boxes", str(settings["boxes"])]
+    words += ["--prompts", str(settings["prompts"])]
+    if settings["pairs"] is not None:
+        words += ["--pairs", str(settings["pairs"])]
+    words += ["--boxes", str(settings["boxes"])]
     words += ["--sizes", sizes, "--receiver-sizes", receivers]
     words += ["--random-circuits", str(settings["random_circuits"])]
     words += ["--mask-pairs", str(settings["mask_pairs"]), "--draws", str(settings["draws"])]

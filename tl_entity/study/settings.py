@@ -64,7 +64,8 @@ class Settings:
         tuned: the same of its fine-tune; None to study one model alone.
         base_adapter: folder or hub id of a LoRA adapter to merge into the base.
         tuned_adapter: the same for the fine-tune, which may then be the base itself.
-        prompts: prompts an accuracy, and pairs a discovery.
+        prompts: prompts an accuracy.
+        pairs: pairs a discovery; None for as many as `prompts`.
         boxes: boxes in the prompts that circuits are found and tested on; accuracy is measured for
             2 up to so many.
         sizes: heads kept in each group; None for the planted sizes, or else the paper's share.
@@ -90,6 +91,7 @@ class Settings:
     base_adapter: str | None = None
     tuned_adapter: str | None = None
     prompts: int = 200
+    pairs: int | None = None
     boxes: int = 7
     sizes: Mapping[str, int] | None = None
     receiver_sizes: Mapping[str, int] | None = None
@@ -114,6 +116,8 @@ class Settings:
                 raise InputError(
                     f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}."
                 )
+        if self.pairs is not None and self.pairs < 2:
+            raise InputError(f"pairs must be at least 2, not {self.pairs}.")
         if self.tuned_adapter is not None and self.tuned is None:
             raise InputError("There is an adapter for a fine-tuned model, and no such model.")
         if self.batch_size is not None and self.batch_size < 1:
@@ -125,6 +129,11 @@ class Settings:
                 f"There is no experiment {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(EXPERIMENTS)}."
             )
+
+    @property
+    def discovery_pairs(self) -> int:
+        """Pairs that each circuit is found from."""
+        return self.prompts if self.pairs is None else self.pairs
 
     def wants(self, experiment: str) -> bool:
         """Whether an experiment is to be done."""
