@@ -136,7 +136,13 @@ def _add_study_options(command: "_OneLineParser") -> None:
         help="its fine-tune, given likewise; none to study the base alone (default: default-tuned, "
         "or with --tuned-adapter the base)",
     )
-    for role in ("base", "tuned"):
+    add(
+        "--control",
+        metavar="MODEL",
+        help="a third model, given likewise, whose heads the base gets as a control for those of "
+        "its fine-tune (CMAP; default: none, or with --control-adapter the base)",
+    )
+    for role in ("base", "tuned", "control"):
         add(
             f"--{role}-adapter",
             metavar="ADAPTER",
@@ -443,6 +449,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         tuned=None if tuned == "none" else tuned,
         base_adapter=options.base_adapter,
         tuned_adapter=options.tuned_adapter,
+        control=options.control or (options.base if options.control_adapter else None),
+        control_adapter=options.control_adapter,
         prompts=options.prompts,
         pairs=options.pairs,
         boxes=options.boxes,

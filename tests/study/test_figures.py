@@ -23,7 +23,13 @@ def model(**more):
 
 
 def results(**more):
-    return {"models": {"base": model()}, "cmap": {}, "same_circuit": None, "verdict": [], **more}
+    return {
+        "models": {"base": model()},
+        **dict.fromkeys(("same_circuit", "control")),
+        "cmap": {},
+        "verdict": [],
+        **more,
+    }
 
 
 def judged(group, head, score, interval):

@@ -390,6 +390,52 @@ def test_pairs_of_a_discovery_may_be_fewer_than_prompts(settings, results, tmp_p
     assert "--pairs" not in command(results["settings"])
 
 
+def test_a_third_model_is_a_control(settings, tmp_path):
+    both = replace(settings, only=("cmap",), prompts=4, boxes=2)
+    without = reproduce(both, tmp_path / "out")
+    control = save_tiny_model(tmp_path / "third<b>", seed=5)
+    watch = Watch()
+    three = replace(both, control=str(control))
+    results = reproduce(three, tmp_path / "out", progress=watch)
+    # All else is as it was without it.
+    assert watch.seen == ["control into base: CMAP"]
+    assert results["models"] == without["models"]
+    found = results["cmap"].pop("control_into_base")
+    assert results["cmap"] == without["cmap"]
+    assert results["control"]["label"] == "third<b>" and without["control"] is None
+    base, third = load_model(settings.base), load_model(control)
+    prompts = box_prompts(base.tokenizer, 4, n_boxes=2, seed=results["seeds"]["faithfulness"])
+    circuit = Circuit.entity_tracking(**results["models"]["base"]["circuit"])
+    for entry in found["entries"][:2]:
+        heads = {
+            next(g.position for g in circuit if g.name == entry["group"]): circuit[entry["group"]]
+        }
+        expected = cmap(base, third, prompts, heads, engine="hooks")
+        assert (entry["patch"], entry["correct"]) == ("output", int(expected.correct.sum()))
+    table = pd.read_csv(tmp_path / "out" / "tables" / "cmap_control_into_base.csv")
+    assert set(table["from"]) == {"third<b>"} and len(table) == len(found["entries"])
+    assert "third<b>" not in (tmp_path / "out" / "tables" / "cmap.csv").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'id="control"' in page and 'id="figure-cmap_control_into_base"' in page
+    assert "third&lt;b&gt;" in page
+    assert (tmp_path / "out" / "figures" / "cmap_control_into_base.html").is_file()
+    assert f"--control '{control}'" in command(results["settings"])
+    watch = Watch()
+    reproduce(three, tmp_path / "out", progress=watch)
+    assert not watch.seen
+
+
+def test_a_control_that_does_not_fit_is_refused_before_any_work(settings, tmp_path):
+    other = save_tiny_model(tmp_path / "scaled", seed=2, rope_theta=20000.0)
+    with pytest.raises(InputError, match="scaled can be no control: The models differ in rotary"):
+        reproduce(replace(settings, control=str(other)), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    with pytest.raises(InputError, match="and there is none"):
+        replace(settings, tuned=None, control=str(other))
+    with pytest.raises(InputError, match="adapter for a control model"):
+        replace(settings, control_adapter="lora")
+
+
 def test_a_second_command_in_a_folder_keeps_what_the_first_one_found(settings, tmp_path):
     alone = replace(settings, tuned=None, only=("faithfulness",))
     reproduce(alone, tmp_path, join=True)

@@ -16,6 +16,7 @@ from tl_entity.plots.heatmaps import share_heatmap
 from tl_entity.study.figures import LETTERS, accuracy_bar, position_words
 from tl_entity.study.settings import GROUPS
 from tl_entity.study.store import read_number, with_circuit
+from tl_entity.study.tables import labels_of
 from tl_entity.tasks.boxes import BoxPrompt
 from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA
 
@@ -191,7 +192,7 @@ def _knockout(model: dict[str, Any]) -> go.Figure:
 
 
 def _cmap(results: dict[str, Any], record: dict[str, Any]) -> go.Figure:
-    labels = {role: model["label"] for role, model in results["models"].items()}
+    labels = labels_of(results)
     into, source = labels[record["into_role"]], labels[record["from_role"]]
     series: dict[str, dict[str, Bar]] = {}
     for entry in record["entries"]:

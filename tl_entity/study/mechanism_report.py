@@ -9,7 +9,7 @@ from tl_entity.study.html import figure_element, frame_table, table
 from tl_entity.study.mechanism_figures import group_words, information_words
 from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_KNOCKOUT
 from tl_entity.study.settings import GROUPS
-from tl_entity.study.tables import tables_of
+from tl_entity.study.tables import CONTROL, labels_of, tables_of
 from tl_entity.study.verdict import RULES, headline
 from tl_entity.tasks.desiderata import DESIDERATA
 
@@ -36,6 +36,8 @@ def mechanism_sections(content: dict[str, Any], figures: dict[str, go.Figure]) -
         sections.append(("knockout", "Where information passes", _knockout(roles, figures, tables)))
     if content["cmap"]:
         sections.append(("cmap", "Heads of the other model", _cmap(content, figures, tables)))
+    if CONTROL in content["cmap"]:
+        sections.append(("control", "Heads of a control model", _control(content, figures, tables)))
     return sections
 
 
@@ -225,27 +227,41 @@ def _cmap(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -
     return (
         "<p>On the same prompts one model answers while some of its heads take what the other "
         "computes: their outputs, or only the queries, keys or values they work with. Both "
-        "directions; the bars at the ends are the two models alone.</p>"
+        "directions; the dashed lines are the two models alone.</p>"
         + "".join(
             figure_element(figures, f"cmap_{name}", "95 % Wilson intervals.")
             for name in content["cmap"]
+            if name != CONTROL
         )
         + published
         + "<details><summary>As a table</summary>"
-        + frame_table(
-            tables["cmap"],
-            {
-                "into": "model",
-                "from": "heads of",
-                "group": "group",
-                "patch": "patched",
-                "accuracy": "accuracy",
-                "low": "low",
-                "high": "high",
-                "recovered": "share of the difference",
-                "recovered_low": "low",
-                "recovered_high": "high",
-            },
-        )
+        + frame_table(tables["cmap"], _CMAP_COLUMNS)
         + "</details>"
     )
+
+
+def _control(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
+    base, tuned, control = map(escape, labels_of(content).values())
+    return (
+        f"<p>{base} again, on the same prompts, now with heads of {control}, which stands beside "
+        f"{tuned} as a control. What its heads bring as well is not owed to what {tuned} alone has "
+        "learnt; what they do not bring comes with that.</p>"
+        + figure_element(figures, f"cmap_{CONTROL}", "95 % Wilson intervals.")
+        + "<details><summary>As a table</summary>"
+        + frame_table(tables[f"cmap_{CONTROL}"], _CMAP_COLUMNS)
+        + "</details>"
+    )
+
+
+_CMAP_COLUMNS = {
+    "into": "model",
+    "from": "heads of",
+    "group": "group",
+    "patch": "patched",
+    "accuracy": "accuracy",
+    "low": "low",
+    "high": "high",
+    "recovered": "share of the difference",
+    "recovered_low": "low",
+    "recovered_high": "high",
+}

@@ -530,7 +530,9 @@ def command(settings: dict[str, Any]) -> str:
     )
     words = ["tl-entity", "reproduce", "--base", settings["base"]]
     words += ["--tuned", settings["tuned"] or "none"]
-    for role in ("base", "tuned"):
+    if settings["control"] is not None:
+        words += ["--control", settings["control"]]
+    for role in ("base", "tuned", "control"):
         if settings[f"{role}_adapter"] is not None:
             words += [f"--{role}-adapter", settings[f"{role}_adapter"]]
     words += ["--prompts", str(settings["prompts"])]

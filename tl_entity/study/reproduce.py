@@ -112,10 +112,12 @@ def reproduce(
     out = Path(out)
     check_writable(out)
     _check_device(settings.device)
-    facts = {role: inspect(settings, role) for role in settings.models}
-    head_counts = [fact.n_layers * fact.n_heads for fact in facts.values()]
+    facts = {role: inspect(settings, role) for role in settings.sources}
+    head_counts = [facts[role].n_layers * facts[role].n_heads for role in settings.models]
     sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
-    apart = _why_apart(settings)
+    apart = _why_apart(settings, "tuned")
+    if settings.control is not None and (reason := _why_apart(settings, "control")) is not None:
+        raise InputError(f"{settings.control} can be no control: {reason}")
     asked = OF_TWO_MODELS & set(settings.only or ())
     if apart is not None and asked:
         raise InputError(f"There can be no {' and no '.join(sorted(asked))}: {apart}")
@@ -173,6 +175,14 @@ def reproduce(
         "models": models,
         "not_compared": apart,
         "same_circuit": None,
+        "control": None
+        if settings.control is None
+        else {
+            "name": settings.control,
+            "label": labels["control"],
+            "adapter": settings.control_adapter,
+            "fingerprint": facts["control"].fingerprint,
+        },
         "cmap": {},
     }
     if apart is None:
@@ -186,15 +196,14 @@ def reproduce(
                 paired=drawn["base"].same_as(drawn["tuned"]),
             )
         if settings.wants("cmap"):
-            for into, source in ((base, tuned), (tuned, base)):
+            sources = [(base, "tuned", tuned.model), (tuned, "base", base.model)]
+            if settings.control is not None:
+                sources.append((base, "control", _load(settings, "control")))
+            for into, role, model in sources:
                 record = patch_from_other(
-                    into,
-                    source.model,
-                    source.role,
-                    facts[source.role].fingerprint,
-                    discoveries["base"].circuit,
+                    into, model, role, facts[role].fingerprint, discoveries["base"].circuit
                 )
-                results["cmap"][f"{source.role}_into_{into.role}"] = record
+                results["cmap"][f"{role}_into_{into.role}"] = record
     results["verdict"] = verdict(results)
     if is_first():
         _write(store, results, say)
@@ -208,7 +217,7 @@ def inspect(settings: Settings, role: str) -> Facts:
     Raises:
         InputError: if it can't be loaded, or can't take prompts of so many boxes.
     """
-    model, name = _load(settings, role), settings.models[role]
+    model, name = _load(settings, role), settings.sources[role]
     try:
         pairs = discovery_pairs(own_tokenizer(model), 1, n_boxes=settings.boxes, seed=settings.seed)
     except InputError as error:
@@ -222,12 +231,12 @@ def inspect(settings: Settings, role: str) -> Facts:
     return Facts(model.cfg.n_layers, model.cfg.n_heads, model_fingerprint(model))
 
 
-def _why_apart(settings: Settings) -> str | None:
-    """Why nothing of one model can be put into the other; None if it can."""
-    if settings.tuned is None:
+def _why_apart(settings: Settings, role: str) -> str | None:
+    """Why nothing of the other model can be put into the base; None if it can."""
+    if role not in settings.sources:
         return "there is one model alone."
     try:
-        check_same_architecture(_load(settings, "base"), _load(settings, "tuned"))
+        check_same_architecture(_load(settings, "base"), _load(settings, role))
     except InputError as error:
         return str(error)
     return None
@@ -278,7 +287,7 @@ def _check_device(device: str | None) -> None:
 
 def _load(settings: Settings, role: str) -> HookedTransformer:
     return load_model(
-        settings.models[role],
+        settings.sources[role],
         adapter=settings.adapters[role],
         dtype=settings.dtype,
         device=settings.device,
@@ -289,7 +298,7 @@ def _labels(settings: Settings) -> dict[str, str]:
     """Names to show: the last part of a path, where that tells the models apart."""
 
     def joined(shorten: Callable[[str], str]) -> dict[str, str]:
-        parts = {role: (name, settings.adapters[role]) for role, name in settings.models.items()}
+        parts = {role: (name, settings.adapters[role]) for role, name in settings.sources.items()}
         return {role: " + ".join(map(shorten, filter(None, both))) for role, both in parts.items()}
 
     short = joined(lambda name: Path(name).name or name)

@@ -37,6 +37,7 @@ SHOWN_BY: Mapping[str, str | None] = {
     "carries_base_heads": "information",
     "cmap_tuned_into_base": "cmap",
     "cmap_base_into_tuned": "cmap",
+    "cmap_control_into_base": "cmap",
     "verdict": "comparison",
 }
 """The experiment behind a figure or table of another name; None for what is always done. Names of
@@ -64,6 +65,8 @@ class Settings:
         tuned: the same of its fine-tune; None to study one model alone.
         base_adapter: folder or hub id of a LoRA adapter to merge into the base.
         tuned_adapter: the same for the fine-tune, which may then be the base itself.
+        control: a third model whose heads the base gets as well, as a control for the fine-tune's.
+        control_adapter: folder or hub id of a LoRA adapter to merge into the control.
         prompts: prompts an accuracy.
         pairs: pairs a discovery; None for as many as `prompts`.
         boxes: boxes in the prompts that circuits are found and tested on; accuracy is measured for
@@ -90,6 +93,8 @@ class Settings:
     tuned: str | None = "default-tuned"
     base_adapter: str | None = None
     tuned_adapter: str | None = None
+    control: str | None = None
+    control_adapter: str | None = None
     prompts: int = 200
     pairs: int | None = None
     boxes: int = 7
@@ -120,6 +125,10 @@ class Settings:
             raise InputError(f"pairs must be at least 2, not {self.pairs}.")
         if self.tuned_adapter is not None and self.tuned is None:
             raise InputError("There is an adapter for a fine-tuned model, and no such model.")
+        if self.control_adapter is not None and self.control is None:
+            raise InputError("There is an adapter for a control model, and no such model.")
+        if self.control is not None and self.tuned is None:
+            raise InputError("A control stands beside a fine-tuned model, and there is none.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"The batch size must be at least 1, not {self.batch_size}.")
 
@@ -141,13 +150,22 @@ class Settings:
 
     @property
     def models(self) -> dict[str, str]:
-        """Name or folder of each model by its role."""
+        """Name or folder of each model that is studied, by its role."""
         return {"base": self.base} | ({} if self.tuned is None else {"tuned": self.tuned})
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The same with the control, of which nothing but its heads is used."""
+        return self.models | ({} if self.control is None else {"control": self.control})
 
     @property
     def adapters(self) -> dict[str, str | None]:
         """The adapter of each model by its role; None where it has none."""
-        return {"base": self.base_adapter, "tuned": self.tuned_adapter}
+        return {
+            "base": self.base_adapter,
+            "tuned": self.tuned_adapter,
+            "control": self.control_adapter,
+        }
 
     def planted(self, role: str) -> Circuit | None:
         """The circuit planted in a model, if one was and no adapter has changed it since."""

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+CONTROL = "control_into_base"
+"""CMAP with the heads of the control, among the results."""
+
 
 def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
     """All tables by file name; a table that would be empty is left out."""
@@ -31,7 +34,15 @@ def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
             name: [row for model in models.values() if key in model for row in rows_of(model)]
             for name, (key, rows_of) in _OF_A_MODEL.items()
         },
-        "cmap": [row for record in results["cmap"].values() for row in _cmap_rows(models, record)],
+        "cmap": [
+            row
+            for name, record in results["cmap"].items()
+            if name != CONTROL
+            for row in _cmap_rows(labels_of(results), record)
+        ],
+        f"cmap_{CONTROL}": _cmap_rows(labels_of(results), results["cmap"][CONTROL])
+        if CONTROL in results["cmap"]
+        else [],
         "comparison": _comparison_rows(results["same_circuit"]),
         "verdict": [
             {key: finding[key] for key in ("question", "answer", "text")}
@@ -39,6 +50,13 @@ def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
         ],
     }
     return {name: pd.DataFrame(some) for name, some in rows.items() if some}
+
+
+def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
+    """What each model is called, by its role; the control, too, if there is one."""
+    labels = {role: model["label"] for role, model in results["models"].items()}
+    control = results["control"]
+    return labels if control is None else labels | {"control": control["label"]}
 
 
 def to_markdown(table: "pd.DataFrame") -> str:
@@ -192,8 +210,8 @@ def _knockout_rows(model: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _cmap_rows(models: Mapping[str, Any], record: Mapping[str, Any]) -> list[Row]:
-    into, source = models[record["into_role"]]["label"], models[record["from_role"]]["label"]
+def _cmap_rows(labels: Mapping[str, str], record: Mapping[str, Any]) -> list[Row]:
+    into, source = labels[record["into_role"]], labels[record["from_role"]]
     return [
         {
             "into": into,
