@@ -197,6 +197,21 @@ def _add_study_options(command: "_OneLineParser") -> None:
         help="pairs of prompts that DCM learns a mask from, half of them to train (default: 400)",
     )
     add(
+        "--sparsity",
+        type=_prices,
+        default=(0.01,),
+        metavar="X,...",
+        help="prices of a head that DCM tries, each by itself; the best mask on validation pairs "
+        "is used (default: 0.01)",
+    )
+    add(
+        "--mask-seeds",
+        type=_whole_number(1),
+        default=1,
+        metavar="N",
+        help="draws of pairs that DCM learns a mask from, each by itself (default: 1)",
+    )
+    add(
         "--draws",
         type=_whole_number(1),
         default=5,
@@ -459,6 +474,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         and dict(zip(GROUPS[:-1], options.receiver_sizes, strict=True)),
         random_circuits=options.random_circuits,
         mask_pairs=options.mask_pairs,
+        sparsities=options.sparsity,
+        mask_seeds=options.mask_seeds,
         draws=options.draws,
         # A method's own command may ask for nothing more than the circuits.
         only=experiments_for(options.only or ()) if options.only or by_name else options.only,
@@ -652,6 +669,13 @@ def _shares(text: str) -> dict[str, float]:
             raise argparse.ArgumentTypeError(f"{kind!r} is there twice")
         shares[kind] = number
     return shares
+
+
+def _prices(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0.01,0.03") from None
 
 
 def _sizes(count: int) -> "Callable[[str], tuple[int, ...]]":

@@ -21,6 +21,7 @@ from tl_entity.methods.path_patching import path_patch
 from tl_entity.models.load import load_model
 from tl_entity.study import experiments
 from tl_entity.study.figures import figures_of
+from tl_entity.study.information import selected_circuit
 from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.report import command, summary
 from tl_entity.study.reproduce import model_fingerprint, reproduce
@@ -434,6 +435,50 @@ def test_a_control_that_does_not_fit_is_refused_before_any_work(settings, tmp_pa
         replace(settings, tuned=None, control=str(other))
     with pytest.raises(InputError, match="adapter for a control model"):
         replace(settings, control_adapter="lora")
+
+
+def test_several_prices_and_draws_of_a_mask(settings, results, tmp_path):
+    several = replace(settings, tuned=None, only=("dcm",), sparsities=(0.01, 5.0), mask_seeds=2)
+    found = reproduce(several, tmp_path)
+    masks = found["models"]["base"]["dcm"]["masks"]
+    of_each: dict[tuple[str, str], list] = {}
+    for mask in masks:
+        of_each.setdefault((mask["group"], mask["desideratum"]), []).append(mask)
+    kinds = {kind for _, kind in of_each}
+    circuit = found["models"]["base"]["circuit"]
+    assert len(of_each) == sum(1 for heads in circuit.values() if heads) * len(kinds)
+    for (group, kind), runs in of_each.items():
+        first, second = (results_seed(found, "dcm", kind, *more) for more in ((), (1,)))
+        assert [(run["seed"], run["sparsity"]) for run in runs] == [
+            (seed, price) for seed in (first, second) for price in (0.01, 5.0)
+        ]
+        (chosen,) = (run for run in runs if run["chosen"])
+        best = max((run["validation_accuracy"], -len(run["selected"])) for run in runs)
+        assert (chosen["validation_accuracy"], -len(chosen["selected"])) == best
+        # The usual price and the first draw give what they give by themselves.
+        alone = next(
+            mask
+            for mask in results["models"]["base"]["dcm"]["masks"]
+            if (mask["group"], mask["desideratum"]) == (group, kind)
+        )
+        assert alone["chosen"] is True
+        assert {**runs[0], "chosen": True} == alone
+        heads = selected_circuit(
+            Circuit.entity_tracking(**circuit),
+            found["models"]["base"]["dcm"],
+            kind,
+        )[group]
+        assert [list(head) for head in heads] == chosen["selected"]
+    table = pd.read_csv(tmp_path / "tables" / "masks.csv")
+    assert len(table) == 4 * table["chosen"].sum() == len(masks)
+    assert "--sparsity 0.01,5.0 --mask-seeds 2" in command(found["settings"])
+    watch = Watch()
+    reproduce(several, tmp_path, progress=watch)
+    assert not watch.seen
+
+
+def results_seed(results, *purpose):
+    return results["seeds"][" ".join(map(str, purpose))]
 
 
 def test_a_second_command_in_a_folder_keeps_what_the_first_one_found(settings, tmp_path):

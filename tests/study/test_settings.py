@@ -34,7 +34,7 @@ def test_sizes_that_the_model_cannot_fill_are_refused(what, count):
         sizes(16, **{what: given})
 
 
-@pytest.mark.parametrize("name", ["prompts", "pairs", "boxes", "batch_size", "seed"])
+@pytest.mark.parametrize("name", ["prompts", "pairs", "boxes", "batch_size", "seed", "mask_seeds"])
 def test_too_small_numbers_are_refused(name):
     with pytest.raises(InputError, match=name.replace("_", " ")):
         Settings(**{name: -1})
@@ -43,3 +43,9 @@ def test_too_small_numbers_are_refused(name):
 def test_every_purpose_has_its_own_seed():
     purposes = [("accuracy", n) for n in range(9)] + [("pairs",), ("faithfulness",)]
     assert len({stream_seed(seed, *p) for seed in (0, 1) for p in purposes}) == 2 * len(purposes)
+
+
+@pytest.mark.parametrize("prices", [(), (-0.1,), (float("nan"),), (0.1, 0.1)])
+def test_prices_that_make_no_sense_are_refused(prices):
+    with pytest.raises(InputError, match=r"Sparsities are prices|Every sparsity"):
+        Settings(sparsities=prices)

@@ -11,9 +11,6 @@ from tl_entity.study.store import Outcome, Record
 from tl_entity.tasks.batches import PairBatch
 from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA, desideratum_draws
 
-SPARSITY = 0.01
-"""The price of a head in the loss (paper, §4.1)."""
-
 MASK_BATCH = 8
 """Pairs a step of training. A mask can fall by a tenth a step and must fall by half, so that small
 numbers of pairs need small batches."""
@@ -38,25 +35,37 @@ def writable_draws(bench: Bench, n_pairs: int) -> tuple[Draws, dict[str, str]]:
 
 
 def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
-    """Which heads of each group carry each kind of information, by DCM with one draw of pairs."""
+    """Which heads of each group carry each kind of information, by DCM.
+
+    There is a mask for each draw of pairs and each price of a head. Of these one is chosen, whose
+    heads are patched later: the one with the highest validation accuracy, of equals the one with
+    the fewest heads. Test pairs have no say in it.
+    """
     s = bench.settings
     draws, left_out = writable_draws(bench, s.mask_pairs)
     kinds = [kind for kind in MAIN_DESIDERATA if kind in draws]
     groups = [group for group in circuit if group.heads]
-    seeds = {kind: bench.seed("dcm", kind) for kind in kinds}
+    seeds = {
+        kind: [
+            bench.seed("dcm", kind),
+            *(bench.seed("dcm", kind, number) for number in range(1, s.mask_seeds)),
+        ]
+        for kind in kinds
+    }
     asked = {
         "circuit": groups_record(circuit),
         "pairs": s.mask_pairs,
         "batch": MASK_BATCH,
         "boxes": s.boxes,
         "seeds": seeds,
-        "sparsity": SPARSITY,
+        "sparsities": s.sparsities,
         "engine": s.engine,
     }
 
     def compute() -> Outcome:
         found = []
-        n_steps = len(kinds) * len(groups) * training_steps(s.mask_pairs, batch_size=MASK_BATCH)
+        n_masks = len(kinds) * len(groups) * s.mask_seeds * len(s.sparsities)
+        n_steps = n_masks * training_steps(s.mask_pairs, batch_size=MASK_BATCH)
         with bench.progress(f"{bench.role}: DCM", n_steps) as done:
 
             def count(step: MaskStep) -> None:
@@ -64,18 +73,27 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
 
             for kind in kinds:
                 for group in groups:
-                    (run,) = learn_masks(
+                    runs = learn_masks(
                         bench.model,
                         draws[kind],
                         group.heads,
                         position=group.position,
-                        seeds=[seeds[kind]],
-                        sparsities=[SPARSITY],
+                        seeds=seeds[kind],
+                        sparsities=s.sparsities,
                         engine=s.engine,
                         batch_size=MASK_BATCH,
                         progress=count,
                     ).runs
-                    found.append({"group": group.name, "desideratum": kind, **_mask_record(run)})
+                    best = max(runs, key=_worth)
+                    found += [
+                        {
+                            "group": group.name,
+                            "desideratum": kind,
+                            "chosen": run is best,
+                            **_mask_record(run),
+                        }
+                        for run in runs
+                    ]
         return {"masks": found, "left_out": left_out}, {}
 
     return bench.step("dcm", asked, compute)[0]
@@ -121,17 +139,22 @@ def patch_what_groups_carry(bench: Bench, circuit: Circuit, dcm: Record, of: str
 
 
 def selected_circuit(circuit: Circuit, dcm: Record, desideratum: str) -> Circuit:
-    """The heads of each group that DCM selected for a desideratum; the further desiderata for
-    position have those of `position`."""
+    """The heads of each group in the mask that was chosen for a desideratum; the further desiderata
+    for position have those of `position`."""
     kind = desideratum if desideratum in MAIN_DESIDERATA else "position"
     selected = {
         mask["group"]: tuple(Head(*head) for head in mask["selected"])
         for mask in dcm["masks"]
-        if mask["desideratum"] == kind
+        if mask["desideratum"] == kind and mask["chosen"]
     }
     return Circuit(
         tuple(Group(g.name, g.position, selected.get(g.name, ())) for g in circuit.groups)
     )
+
+
+def _worth(run: MaskRun) -> tuple[float, int]:
+    """What a mask is chosen by, the more the better; of equals the first is taken."""
+    return run.mask.validation_accuracy or 0.0, -len(run.mask.selected)
 
 
 def _mask_record(run: MaskRun) -> Record:

@@ -89,14 +89,27 @@ def _information(content: dict[str, Any], figures: dict[str, go.Figure], tables:
         + "</details>"
     )
     if "masks" in tables:
-        parts.append("<details><summary>Heads that DCM selected</summary>")
+        masks = tables["masks"]
+        each: dict[str, str] = {}
+        several = ""
+        if not masks["chosen"].all():
+            # A price has few places, but not always three.
+            masks = masks.assign(sparsity=masks["sparsity"].map("{:g}".format))
+            each = {"sparsity": "price of a head", "seed": "seed", "chosen": "patched"}
+            several = (
+                "<p>A mask for each price of a head and each draw of pairs. Those patched are of "
+                "the mask with the highest validation accuracy, and of equals with the fewest "
+                "heads.</p>"
+            )
+        parts.append(f"<details><summary>Heads that DCM selected</summary>{several}")
         parts.append(
             frame_table(
-                tables["masks"],
+                masks,
                 {
                     "model": "model",
                     "group": "group",
                     "desideratum": "pairs",
+                    **each,
                     "candidates": "candidates",
                     "selected": "selected",
                     "accuracy": "test accuracy",

@@ -541,7 +541,9 @@ def command(settings: dict[str, Any]) -> str:
     words += ["--boxes", str(settings["boxes"])]
     words += ["--sizes", sizes, "--receiver-sizes", receivers]
     words += ["--random-circuits", str(settings["random_circuits"])]
-    words += ["--mask-pairs", str(settings["mask_pairs"]), "--draws", str(settings["draws"])]
+    words += ["--mask-pairs", str(settings["mask_pairs"])]
+    words += ["--sparsity", ",".join(map(str, settings["sparsities"]))]
+    words += ["--mask-seeds", str(settings["mask_seeds"]), "--draws", str(settings["draws"])]
     if settings["only"] is not None:
         words += ["--only", ",".join(settings["only"])]
     words += ["--all-pairs"] * settings["all_pairs"]

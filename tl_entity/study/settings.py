@@ -1,6 +1,7 @@
 """What the main job is asked to do, and what it takes where nothing is said."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -76,6 +77,8 @@ class Settings:
             None for all that were planted, or else the paper's share of the group.
         random_circuits: how many, as control.
         mask_pairs: pairs that DCM trains, chooses and tests each mask on.
+        sparsities: prices of a head in DCM's loss, each tried (the paper's alone: §4.1).
+        mask_seeds: draws of pairs that DCM learns a mask from, each by itself.
         draws: how often the prompts of activation patching are drawn anew.
         all_pairs: find circuits from prompts that the model answers wrong too.
         seed: all random choices follow from it.
@@ -102,6 +105,8 @@ class Settings:
     receiver_sizes: Mapping[str, int] | None = None
     random_circuits: int = 10
     mask_pairs: int = 400
+    sparsities: tuple[float, ...] = (0.01,)
+    mask_seeds: int = 1
     draws: int = 5
     all_pairs: bool = False
     seed: int = 0
@@ -115,6 +120,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         fewest = {"prompts": 2, "boxes": 2, "random_circuits": 0, "mask_pairs": 4, "draws": 1}
+        fewest["mask_seeds"] = 1
         fewest["seed"] = 0
         for name, least in fewest.items():
             if getattr(self, name) < least:
@@ -123,6 +129,12 @@ class Settings:
                 )
         if self.pairs is not None and self.pairs < 2:
             raise InputError(f"pairs must be at least 2, not {self.pairs}.")
+        if not self.sparsities or not all(0 <= price < math.inf for price in self.sparsities):
+            raise InputError(
+                f"Sparsities are prices of 0 or more, not {', '.join(map(str, self.sparsities))}."
+            )
+        if len(set(self.sparsities)) < len(self.sparsities):
+            raise InputError("Every sparsity can be there once.")
         if self.tuned_adapter is not None and self.tuned is None:
             raise InputError("There is an adapter for a fine-tuned model, and no such model.")
         if self.control_adapter is not None and self.control is None:
