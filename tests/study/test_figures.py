@@ -53,7 +53,7 @@ def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
             low = trace.y[i] - trace.error_y.arrayminus[i]
             ends[name] = (low, trace.y[i], trace.y[i] + trace.error_y.array[i])
             says.append(trace.customdata[i])
-    assert ends == {"L1H0": (0.2, 0.5, 3.0), "L1H1 ↑": (1.5, 2.0, 4.0), "L0H2 ∞": (4.0, 4.0, 4.0)}
+    assert ends == {"L1H0": (0.2, 0.5, 3.0), "L1H1 ↑": (1.5, 2.0, 3.0), "L0H2 ∞": (3.0, 3.0, 3.0)}
     assert says[1:] == ["200.0% [150.0%, ∞]", "∞ [400.0%, ∞]"]
     assert tables_of(found)["minimality"]["high"].tolist() == [3.0, "infinite", "infinite"]
 

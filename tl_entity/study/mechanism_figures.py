@@ -149,7 +149,9 @@ def _completeness(model: dict[str, Any]) -> go.Figure:
 def _minimality(model: dict[str, Any]) -> go.Figure:
     entries = model["minimality"]["entries"]
     numbers = [[read_number(n) for n in (e["score"], *e["interval"])] for e in entries]
-    highest = max([1.0, *(n for some in numbers for n in some if math.isfinite(n))])
+    # Even the lower end of what is infinite may be so high that nothing else would be seen.
+    seen = [n for some in numbers if some[0] < math.inf for n in some if n < math.inf]
+    highest = max([1.0, *seen])
     series: dict[str, dict[str, Bar]] = {group_words(entry["group"]): {} for entry in entries}
     for entry, (value, low, high) in zip(entries, numbers, strict=True):
         name = str(Head(*entry["head"])) + ("" if entry["kept"] else " (dropped)")
