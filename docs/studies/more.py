@@ -1,8 +1,8 @@
 """What matters most of a study, on more prompts than all of it could have.
 
 Takes the circuits and masks that `tl-entity reproduce` found, and measures on new prompts: the
-accuracy of the models and of their circuits, which group's outputs bring the gain (CMAP, both
-ways), what the groups carry, and how the gain comes along the checkpoints of the fine-tune. Steps
+accuracy of the models, of their circuits and of larger ones, which group's outputs bring the gain
+(CMAP), what the groups carry, and how the gain comes along the checkpoints of the fine-tune. Steps
 are kept in the folder, so that the same command goes on where it was stopped.
 
 python docs/studies/more.py RESULTS MODEL ADAPTER --out more [--checkpoints FINETUNE]
@@ -87,12 +87,10 @@ def main() -> None:
             functools.partial(by_size, model, circuits[role], found["models"][role], options),
         )[0]
 
-    def patched(into: str, source: str) -> Record:
-        given = (models[into], models[source], circuits["base"], options.prompts, options)
-        name = f"cmap_{source}_into_{into}"
-        return store.step(name, inputs, functools.partial(transfer, *given))[0]
-
-    content["cmap"] = {"tuned_into_base": patched("base", "tuned")}
+    given = (models["base"], models["tuned"], circuits["base"], options.prompts, options)
+    content["cmap"] = store.step(
+        "cmap_tuned_into_base", inputs, functools.partial(transfer, *given)
+    )[0]
     if options.checkpoints is not None:
         content["checkpoints"] = {}
         for folder in sorted(options.checkpoints.glob("step-*")):
@@ -110,7 +108,6 @@ def main() -> None:
             {**inputs, "masks": fingerprint(masks)},
             functools.partial(carried, model, circuits[role], masks, options),
         )[0]
-    content["cmap"]["base_into_tuned"] = patched("tuned", "base")
     store.write("more.json", to_json(content))
 
 

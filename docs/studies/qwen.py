@@ -1,11 +1,9 @@
 """Write the page on Qwen2.5-Coder-0.5B-Instruct from the files that the study left.
 
-tl-entity reproduce ... --out results            # the command is on the page
-python docs/studies/ablate.py ...                # once for each model
-python docs/studies/qwen.py results ablation_base.json ablation_tuned.json
-python docs/studies/qwen.py                      # the page alone, from what is kept here
+python docs/studies/qwen.py STUDY        # with what the commands on the page left in a folder
+python docs/studies/qwen.py              # the page alone, from what is kept here
 
-With a folder, its results, timings and figures are kept beside the page first.
+With a folder, what the page is made of is kept beside it first.
 """
 
 import json
@@ -19,7 +17,6 @@ KEPT = HERE / "qwen"
 FIGURES = (
     "base_heatmaps",
     "tuned_heatmaps",
-    "faithfulness",
     "cmap_tuned_into_base",
     "base_knockout",
     "tuned_knockout",
@@ -30,11 +27,20 @@ GROUPS = {
     "pos_detector": "C position detectors",
     "struct_reader": "D structure readers",
 }
+FINETUNES = {
+    "mixed_0": "all three",
+    "mixed_1": "all three",
+    "lookup_0": "variable look-up",
+    "arithmetic_0": "arithmetic",
+    "stories_0": "plain stories",
+}
+"""Folders of fine-tunes, and the kinds of text each was trained on."""
+
 LABELS = {"base": "the base", "tuned": "the fine-tune"}
 KINDS = {"object_value": "object", "box_label_value": "box label", "position": "position"}
 
 
-def keep(results: Path, ablations: list[Path]) -> None:
+def keep(study: Path) -> None:
     """Bring what the page is made of beside it."""
     from PIL import Image
 
@@ -42,7 +48,8 @@ def keep(results: Path, ablations: list[Path]) -> None:
     from tl_entity.study.verdict import verdict
 
     KEPT.mkdir(exist_ok=True)
-    content = json.loads((results / "results.json").read_text(encoding="utf-8"))
+    results = study / "results"
+    content = _read(results / "results.json")
     # By the rules of today, which read nothing but these numbers.
     content["verdict"] = verdict(content)
     for place in (content["settings"], *content["models"].values()):
@@ -51,8 +58,18 @@ def keep(results: Path, ablations: list[Path]) -> None:
                 place[key] = Path(place[key]).name
     (KEPT / "results.json").write_text(to_json(content), encoding="utf-8")
     shutil.copy(results / "timings.json", KEPT / "timings.json")
-    for role, path in zip(LABELS, ablations, strict=True):
-        shutil.copy(path, KEPT / f"ablation_{role}.json")
+    for role in LABELS:
+        shutil.copy(study / f"ablation_{role}.json", KEPT / f"ablation_{role}.json")
+    shutil.copy(study / "more" / "more.json", KEPT / "more.json")
+    runs = {name: _read(study / name / "finetune.json") for name in FINETUNES}
+    kept = {
+        name: {key: run[key] for key in ("settings", "versions", "evaluations")}
+        for name, run in runs.items()
+    }
+    (KEPT / "finetunes.json").write_text(to_json(kept), encoding="utf-8")
+    control = _read(study / "smollm2" / "results.json")["models"]["base"]
+    kept = {key: control[key] for key in ("accuracy", "no_circuit")}
+    (KEPT / "smollm2.json").write_text(to_json(kept), encoding="utf-8")
     for name in FIGURES:
         # A few dozen colours are all a figure has; with 256 the file is a third of the size.
         with Image.open(results / "figures" / f"{name}.png") as figure:
@@ -60,9 +77,13 @@ def keep(results: Path, ablations: list[Path]) -> None:
             colours.save(KEPT / f"{name}.png", optimize=True)
 
 
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def load(name: str) -> Any:
     """One of the kept files."""
-    return json.loads((KEPT / f"{name}.json").read_text(encoding="utf-8"))
+    return _read(KEPT / f"{name}.json")
 
 
 def share(value: float | None) -> str:
@@ -130,6 +151,19 @@ def circuits(models: Any, same: Any) -> str:
     return table([*header, "rank correlation of all heads' scores"], rows)
 
 
+def finetunes() -> str:
+    """Accuracy along the fine-tunes."""
+    runs = load("finetunes")
+    steps = [entry["step"] for entry in runs["mixed_0"]["evaluations"]]
+    rows = [
+        [words, str(runs[name]["settings"]["seed"])]
+        + [with_interval(entry) for entry in runs[name]["evaluations"]]
+        for name, words in FINETUNES.items()
+        if name in runs
+    ]
+    return table(["texts", "seed", *(f"step {step}" for step in steps)], rows)
+
+
 def ablations() -> str:
     """Accuracy without the circuit and without random heads."""
     rows = []
@@ -172,19 +206,72 @@ def faithfulness(models: Any) -> str:
     return table(["model", "kept", "accuracy", "faithfulness"], rows)
 
 
-def carried(models: Any) -> str:
-    """Activation patching of the heads that DCM chose."""
+def alone(found: Any) -> str:
+    """The same on more prompts."""
     rows = []
-    for role, model in models.items():
-        if "information" not in model:
-            continue
-        for whose, record in model["information"].items():
-            entries = {(e["group"], e["desideratum"]): e for e in record["entries"]}
-            heads = "own" if whose == "own" else f"{LABELS[whose]}'s"
-            for group, words in {"unpatched": "nothing patched", **GROUPS}.items():
-                cells = [with_interval(entries[group, kind]) for kind in KINDS]
-                rows.append([LABELS[role], heads, words, *cells])
-    return table(["model", "heads", "group", *KINDS.values()], rows)
+    for role, record in found.items():
+        rows.append([LABELS[role], "everything", with_interval(record["whole"]), ""])
+        other = next(name for name in LABELS if name != role)
+        for kept, words in (
+            (role, "its own circuit"),
+            (other, f"{LABELS[other]}'s circuit"),
+            ("every_head", "every head at these four tokens"),
+        ):
+            share_of = with_interval(record[kept], "faithfulness")
+            rows.append([LABELS[role], words, with_interval(record[kept]), share_of])
+    return table(["model", "kept", "accuracy", "faithfulness"], rows)
+
+
+def sizes(found: Any) -> str:
+    """What larger circuits have alone."""
+    rows = []
+    for role, record in found.items():
+        cells = [f"{with_interval(e)} ({e['heads']})" for e in record["entries"]]
+        rows.append([LABELS[role], *cells, with_interval(record["whole"])])
+    times = [entry["times"] for entry in next(iter(found.values()))["entries"]]
+    return table(["model", *(f"{n} times" for n in times), "everything"], rows)
+
+
+def brought(record: Any) -> dict[str, str]:
+    """Accuracies and shares of the gain for the text, such as `output_value_fetcher`."""
+    found = {}
+    for entry in record["entries"]:
+        name = f"{entry['patch']}_{entry['group'].replace(' ', '_')}"
+        found[name] = with_interval(entry)
+        found[f"share_{name}"] = with_interval(entry, "recovered")
+    return found
+
+
+def along(found: Any) -> str:
+    """CMAP from the checkpoints of the fine-tune."""
+    rows = []
+    for step, record in found.items():
+        outputs = {e["group"]: e for e in record["entries"] if e["patch"] == "output"}
+        cells = [with_interval(entry) for entry in outputs.values()]
+        rows.append([step, with_interval(record["into"]), with_interval(record["from"]), *cells])
+    groups = [GROUPS.get(group, group) for group in outputs]
+    return table(["step", "the base", "the checkpoint", *groups], rows)
+
+
+def carried_by_more(found: Any) -> str:
+    """Activation patching on more pairs."""
+    rows = []
+    for role, record in found.items():
+        entries = {(e["group"], e["desideratum"]): e for e in record["entries"]}
+        for group, words in {"unpatched": "nothing patched", **GROUPS}.items():
+            cells = [with_interval(entries[group, kind]) for kind in KINDS]
+            rows.append([LABELS[role], words, *cells])
+    return table(["model", "group", *KINDS.values()], rows)
+
+
+def carried(record: Any) -> str:
+    """Activation patching of the base's heads in the fine-tune."""
+    entries = {(e["group"], e["desideratum"]): e for e in record["entries"]}
+    rows = [
+        [words, *(with_interval(entries[group, kind]) for kind in KINDS)]
+        for group, words in {"unpatched": "nothing patched", **GROUPS}.items()
+    ]
+    return table(["group", *KINDS.values()], rows)
 
 
 def transfer(record: Any) -> str:
@@ -232,6 +319,7 @@ def page() -> str:
     content = load("results")
     models, same, settings = content["models"], content["same_circuit"], content["settings"]
     boxes = str(settings["boxes"])
+    more, control = load("more"), load("smollm2")
     findings = [[f["question"], f["answer"]] for f in content["verdict"]]
     return TEMPLATE.format(
         prompts=settings["prompts"],
@@ -245,11 +333,33 @@ def page() -> str:
         ablations=ablations(),
         ablation_prompts=load("ablation_base")["prompts"],
         faithfulness=faithfulness(models),
-        carried=carried(models),
+        carried=carried(models["tuned"]["information"]["base"]),
+        few_pairs=models["tuned"]["information"]["base"]["entries"][0]["prompts"],
         into_base=transfer(content["cmap"]["tuned_into_base"]),
         into_tuned=transfer(content["cmap"]["base_into_tuned"]),
         flow=flow(models),
         cost=cost(),
+        finetunes=finetunes(),
+        more_prompts=more["prompts"],
+        more_pairs=more["pairs"],
+        few_prompts=more["checkpoint_prompts"],
+        alone=alone(more["alone"]),
+        sizes=sizes(more["sizes"]),
+        into_base_more=transfer(more["cmap"]),
+        along=along(more["checkpoints"]),
+        carried_by_more=carried_by_more(more["carries"]),
+        smollm2=control["no_circuit"],
+        memory=load("machine")["peak_gib"],
+        finetune_prompts=load("finetunes")["mixed_0"]["settings"]["prompts"],
+        random_base=share(models["base"]["faithfulness"]["random"]["highest"]),
+        random_tuned=share(models["tuned"]["faithfulness"]["random"]["highest"]),
+        more_base=with_interval(more["alone"]["base"]["whole"]),
+        more_tuned=with_interval(more["alone"]["tuned"]["whole"]),
+        base_alone=with_interval(more["alone"]["base"]["base"], "faithfulness"),
+        tuned_alone=with_interval(more["alone"]["tuned"]["tuned"], "faithfulness"),
+        base_every=with_interval(more["alone"]["base"]["every_head"], "faithfulness"),
+        tuned_every=with_interval(more["alone"]["tuned"]["every_head"], "faithfulness"),
+        **brought(more["cmap"]),
     )
 
 
@@ -257,5 +367,5 @@ TEMPLATE = (HERE / "qwen.template").read_text(encoding="utf-8")
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        keep(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+        keep(Path(sys.argv[1]))
     (HERE / "qwen.md").write_text(page(), encoding="utf-8")

@@ -22,7 +22,7 @@ def test_a_short_study_runs_to_its_end(tmp_path):
         base=os.environ[PLACE],
         tuned=os.environ[PLACE],
         tuned_adapter=str(ADAPTER),
-        prompts=4,
+        prompts=8,
         boxes=3,
         sizes=dict.fromkeys(GROUPS, 3),
         random_circuits=1,
