@@ -519,7 +519,8 @@ def _train(options: argparse.Namespace) -> None:
 def _finetune(options: argparse.Namespace) -> None:
     if not options.verbose:
         _quieten()
-    from tl_entity.training.finetune import FinetuneSettings, finetune
+    from tl_entity.training.finetune import finetune
+    from tl_entity.training.finetune_settings import FinetuneSettings
 
     given = {
         name: getattr(options, name)

@@ -27,7 +27,10 @@ from tl_entity.tasks.boxes import LABELS
 from tl_entity.tasks.nouns import OBJECTS
 from tl_entity.training import finetune as module
 from tl_entity.training import skills
-from tl_entity.training.finetune import LAYERS, BoxTask, FinetuneSettings, finetune
+from tl_entity.training.box_task import BoxTask
+from tl_entity.training.finetune import finetune
+from tl_entity.training.finetune_settings import LAYERS, FinetuneSettings
+from tl_entity.training.finetune_state import TIMES
 
 SMALL = {"prompts": 12, "boxes": 3, "texts": 6, "rank": 4, "targets": LAYERS}
 SHORT = FinetuneSettings(
@@ -113,7 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != module.TIMES
+        if file.is_file() and file.name != TIMES
     }
 
 
