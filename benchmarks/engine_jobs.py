@@ -29,7 +29,7 @@ from tl_entity.hooks.points import HeadInput, hook_point, separate_kv_heads
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, evaluate_circuits
 from tl_entity.methods.cmap import cmap_each
-from tl_entity.methods.dcm import MaskedForward
+from tl_entity.methods.masked_forward import MaskedForward
 from tl_entity.methods.path_patching import path_patch_mlps
 from tl_entity.methods.plan import entity_tracking_jobs, spread_heads
 from tl_entity.metrics import RELATIVE_PROBABILITY, log_probability

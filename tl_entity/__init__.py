@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tl_entity.methods.completeness import completeness as completeness
     from tl_entity.methods.dcm import HeadMask as HeadMask
     from tl_entity.methods.dcm import LearnedMasks as LearnedMasks
-    from tl_entity.methods.dcm import MaskedForward as MaskedForward
     from tl_entity.methods.dcm import learn_mask as learn_mask
     from tl_entity.methods.dcm import learn_masks as learn_masks
     from tl_entity.methods.discovery import Discovery as Discovery
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
     from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
     from tl_entity.methods.knockout import knockout_curve as knockout_curve
+    from tl_entity.methods.masked_forward import MaskedForward as MaskedForward
     from tl_entity.methods.minimality import minimality as minimality
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
@@ -102,7 +102,7 @@ _HOME = {
     "load_tokenizer": "models.load",
     "marked_pairs": "tasks.own",
     "marked_prompts": "tasks.own",
-    "MaskedForward": "methods.dcm",
+    "MaskedForward": "methods.masked_forward",
     "mean_head_outputs": "methods.circuits",
     "Metric": "metrics",
     "minimality": "methods.minimality",

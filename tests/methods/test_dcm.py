@@ -10,7 +10,8 @@ from tests.methods.planted import COPY, planted_model, planted_pairs
 from tests.random_models import random_model, random_pairs
 from tl_entity import Circuit, Head, InputError, PairBatch, load_model
 from tl_entity.methods.activation_patching import activation_patch
-from tl_entity.methods.dcm import MaskedForward, MaskStep, learn_mask, learn_masks
+from tl_entity.methods.dcm import MaskStep, learn_mask, learn_masks
+from tl_entity.methods.masked_forward import MaskedForward
 from tl_entity.models.registry import planted_circuit
 from tl_entity.tasks.desiderata import desideratum_pairs
 

@@ -4,248 +4,29 @@ Counted as it is computed, piece by piece, so that no weights are needed; a test
 against the operations that torch sees.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformer_lens import HookedTransformerConfig
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.blocks import mlp_rows_together, row_slices
-from tl_entity.exact.memory import block_bytes, prompts_within
-from tl_entity.exact.path_patching import LOGITS_CHUNK_BYTES, any_at_answer, pairs_within
+from tl_entity.exact.blocks import row_slices
+from tl_entity.exact.memory import prompts_within
+from tl_entity.exact.path_patching import any_at_answer, pairs_within
+from tl_entity.exact.tally import CHAIN, RECORDED, SUFFIX, ShapeCounter, Tally
 from tl_entity.exact.window import QUERY_POINTS, Window
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.path_patching import Senders
-from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
+from tl_entity.hooks.points import HeadInput, kv_head
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
-from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
+from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch
 
 BATCH_SIZE = 32
 """Prompts run together where nothing else is said, as in the methods."""
-
-RECORDED, CHAIN, SUFFIX, ATTENTION, LOGITS = (
-    "recorded runs",
-    "MLP chain",
-    "recomputed layers",
-    "recomputed attention",
-    "logits",
-)
-"""The parts that operations are counted by: runs of whole prompts; the MLPs that held senders pass;
-projections and MLPs of recomputed tokens; their attention; the unembedding."""
-
-Piece = Literal["block", "mlp", "attention", "edit", "run"]
-"""What has a cost for each call, however small: a layer of a recorded run, an MLP, an attention
-over a window, an edit at a hook point, a whole recorded run."""
-
-
-class Product(NamedTuple):
-    """A matrix product, or `batch` of them: [rows inner] times [inner columns]."""
-
-    part: str
-    batch: int
-    rows: int
-    inner: int
-    columns: int
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations: two for each multiply-add."""
-        return 2 * self.batch * self.rows * self.inner * self.columns
-
-
-@dataclass
-class Tally:
-    """What a job computes, in all.
-
-    Attributes:
-        products: how often each matrix product is made.
-        moved: numbers read and written by everything that is no matrix product.
-        calls: how often each piece of the engine is called.
-    """
-
-    products: Counter[Product] = field(default_factory=Counter)
-    moved: int = 0
-    calls: Counter[Piece] = field(default_factory=Counter)
-
-    def add(self, other: "Tally", times: int = 1) -> None:
-        """Count all of another tally so many times."""
-        for product, count in other.products.items():
-            self.products[product] += count * times
-        for piece, count in other.calls.items():
-            self.calls[piece] += count * times
-        self.moved += other.moved * times
-
-    @property
-    def operations(self) -> dict[str, int]:
-        """Floating-point operations of matrix products, by part."""
-        by_part: Counter[str] = Counter()
-        for product, count in self.products.items():
-            by_part[product.part] += product.operations * count
-        return dict(by_part)
-
-
-class _Shapes:
-    """Counts the engine's pieces for a model of some sizes; `tally` holds the sum."""
-
-    def __init__(self, cfg: HookedTransformerConfig, *, trained: bool = False) -> None:
-        if cfg.num_experts is not None:
-            raise InputError(
-                "What a mixture of experts will take can't be counted: which experts a token "
-                "goes through depends on the prompts."
-            )
-        self.cfg = cfg
-        self.tally = Tally()
-        self.part = RECORDED
-        # Backward, weights are frozen: a projection's gradient costs one more product like it.
-        self.passes = 2 if trained else 1
-        self.d_mlp = cfg.d_mlp or 4 * cfg.d_model
-        self.width = cfg.n_heads * cfg.d_head
-        self.kv_width = n_kv_heads(cfg) * cfg.d_head
-        self.itemsize = torch.finfo(cfg.dtype).bits // 8
-
-    @property
-    def model(self) -> Any:
-        """Stands in where an engine function reads nothing of a model but its configuration."""
-        return SimpleNamespace(cfg=self.cfg)
-
-    def product(
-        self,
-        rows: int,
-        inner: int,
-        columns: int,
-        *,
-        batch: int = 1,
-        part: str | None = None,
-        times: int | None = None,
-    ) -> None:
-        if batch * rows * inner * columns:
-            product = Product(part or self.part, batch, rows, inner, columns)
-            self.tally.products[product] += self.passes if times is None else times
-
-    def move(self, numbers: int) -> None:
-        self.tally.moved += numbers * self.passes
-
-    def call(self, piece: Piece, times: int = 1) -> None:
-        # A backward pass has about twice the calls of its forward pass.
-        self.tally.calls[piece] += times * (3 if self.passes == 2 else 1)
-
-    def whole_run(self, prompts: PromptBatch, layers: int | None = None) -> None:
-        """A plain run of whole prompts up to a layer, without logits."""
-        cfg = self.cfg
-        batch, pos = prompts.tokens.shape
-        layers = cfg.n_layers if layers is None else layers
-        rows = batch * pos * layers
-        for inner, columns, times in (
-            (cfg.d_model, self.width, 1),
-            (cfg.d_model, self.kv_width, 2),
-            (self.width, cfg.d_model, 1),
-            (cfg.d_model, self.d_mlp, 2 if cfg.gated_mlp else 1),
-            (self.d_mlp, cfg.d_model, 1),
-        ):
-            self.product(batch * pos, inner, columns, times=times * layers * self.passes)
-        each = 2 * layers * (3 if self.passes == 2 else 1) // 2
-        self.product(pos, cfg.d_head, pos, batch=batch * cfg.n_heads, times=each)
-        self.product(pos, pos, cfg.d_head, batch=batch * cfg.n_heads, times=each)
-        self.move(rows * (24 * cfg.d_model + 16 * self.width + 7 * self.d_mlp))
-        self.move(layers * batch * cfg.n_heads * pos * pos * 14)
-        self.call("block", layers)
-        self.call("run")
-
-    def mlp(self, rows: int) -> None:
-        cfg = self.cfg
-        if not rows:
-            return
-        for _ in range(2 if cfg.gated_mlp else 1):
-            self.product(rows, cfg.d_model, self.d_mlp)
-        self.product(rows, self.d_mlp, cfg.d_model)
-        self.move(rows * (11 * cfg.d_model + 9 * self.d_mlp))
-        slices = math.ceil(rows / mlp_rows_together(cfg))
-        self.call("mlp", 1 if self.passes == 2 else slices)
-
-    def project(self, which: HeadInput, rows: int, heads: int) -> None:
-        self.product(rows, self.cfg.d_model, heads * self.cfg.d_head)
-        if which != "v":
-            self.move(10 * rows * heads * self.cfg.d_head)
-
-    def head_outputs(self, rows: int, heads: int) -> None:
-        self.product(rows, heads * self.cfg.d_head, self.cfg.d_model)
-        self.move(rows * (2 * heads * self.cfg.d_head + 3 * self.cfg.d_model))
-
-    def attend(
-        self, variants: int, batch: int, queries: int, heads: int, shared: int, own: int
-    ) -> None:
-        """Attention of each variant's queries over the shared keys and its own."""
-        size, kv = self.cfg.d_head, max(1, heads * n_kv_heads(self.cfg) // self.cfg.n_heads)
-        rows = variants * queries * (heads // kv)
-        # The own keys and values have gradients too, those that are shared have none.
-        backward = 3 if self.passes == 2 else 1
-        self.product(rows, size, shared, batch=batch * kv, part=ATTENTION)
-        self.product(rows, shared, size, batch=batch * kv, part=ATTENTION)
-        each = (heads // kv) * queries
-        some = batch * kv * variants
-        self.product(each, size, own, batch=some, part=ATTENTION, times=backward)
-        self.product(each, own, size, batch=some, part=ATTENTION, times=backward)
-        vectors = variants * batch * queries * heads
-        self.move(vectors * (14 * (shared + own) + 16 * size))
-
-    def window_attention(self, window: Window, variants: int, queries: int) -> None:
-        """All heads over a window that has changed as a whole."""
-        cfg, (members, length) = self.cfg, window.tokens.shape
-        kv = n_kv_heads(cfg)
-        rows = variants * members
-        self.project("q", rows * queries, cfg.n_heads)
-        self.project("k", rows * length, kv)
-        self.project("v", rows * length, kv)
-        self.attend(variants, members, queries, cfg.n_heads, window.before.shape[1], length)
-        self.head_outputs(rows * queries, cfg.n_heads)
-        self.move(rows * (7 * length + 3 * queries) * cfg.d_model)
-        self.call("attention")
-
-    def unembed(self, rows: int, wanted: int | None = None) -> None:
-        cfg = self.cfg
-        if wanted is None:
-            self.product(rows, cfg.d_model, cfg.d_vocab_out, part=LOGITS)
-            self.move(rows * 6 * cfg.d_vocab_out)
-        else:
-            self.product(wanted, cfg.d_model, 1, batch=rows, part=LOGITS)
-            self.move(rows * wanted * 2 * cfg.d_model)
-
-    def score(self, rows: int, pairs: PairBatch, metric: Metric) -> None:
-        """A metric of so many runs of these pairs."""
-        if metric.tokens is None:
-            self.unembed(rows)
-            return
-        self.unembed(rows, metric.tokens(pairs).shape[1])
-        if metric.log_probabilities:
-            self.product(rows, self.cfg.d_model, self.cfg.d_vocab_out, part=LOGITS)
-            # A block's logits are read and written once while the cache holds them.
-            self.move(rows * self.cfg.d_vocab_out)
-
-    def run_bytes(self, prompts: PromptBatch) -> int:
-        """What a plain run takes at its largest, in a layer."""
-        cfg = self.cfg
-        batch, pos = prompts.tokens.shape
-        mlp = 4 * cfg.d_model + 4 * self.d_mlp
-        attention = 3 * cfg.d_model + 4 * self.width + 4 * cfg.n_heads * pos
-        return batch * pos * max(mlp, attention) * self.itemsize
-
-    def mlp_bytes(self, rows: int) -> int:
-        """What the hidden activations of a slice of rows take."""
-        each = (4 * self.d_mlp + 3 * self.cfg.d_model) * self.itemsize
-        return min(rows, mlp_rows_together(self.cfg)) * each
-
-    def logits_bytes(self, rows: int, metric: Metric) -> int:
-        """What the logits of a slice of rows take."""
-        if metric.tokens is not None:
-            return block_bytes(self.cfg.device) if metric.log_probabilities else 0
-        return min(rows * 3 * self.cfg.d_vocab_out * self.itemsize, LOGITS_CHUNK_BYTES)
 
 
 class Count(NamedTuple):
@@ -301,7 +82,7 @@ class PathPatching(Job):
         _check_heads(cfg, self.receivers or ())
         by_layer = _by_layer(self.receivers or ())
         top = cfg.n_layers if self.receivers is None else max(by_layer, default=0)
-        shapes = _Shapes(cfg)
+        shapes = ShapeCounter(cfg)
         size = self.batch_size or pairs_within(shapes.model, pairs, memory)
         cache = chunk = 0
         counted: dict[tuple[int, ...], tuple[Tally, int]] = {}
@@ -324,7 +105,7 @@ class PathPatching(Job):
         return cfg.n_heads if self.senders == "heads" else 1
 
     def _recorded_and_held(
-        self, shapes: _Shapes, pairs: PairBatch, by_layer: Mapping[int, list[int]], top: int
+        self, shapes: ShapeCounter, pairs: PairBatch, by_layer: Mapping[int, list[int]], top: int
     ) -> int:
         """Counts both recorded runs and the held pass; returns the most bytes these take."""
         cfg, n, batch = shapes.cfg, self._per_layer(shapes.cfg), len(pairs)
@@ -366,7 +147,7 @@ class PathPatching(Job):
         memory: int,
     ) -> tuple[Tally, int]:
         """The recomputation of a window for all senders, and the most bytes it takes."""
-        shapes = _Shapes(cfg)
+        shapes = ShapeCounter(cfg)
         shapes.part = SUFFIX
         n = self._per_layer(cfg)
         members, length = window.tokens.shape
@@ -390,7 +171,7 @@ class PathPatching(Job):
         return shapes.tally, needed
 
     def _first_changed(
-        self, shapes: _Shapes, window: Window, layer: int, senders: int, heads: int
+        self, shapes: ShapeCounter, window: Window, layer: int, senders: int, heads: int
     ) -> None:
         members, length = window.tokens.shape
         last = layer == shapes.cfg.n_layers - 1
@@ -410,7 +191,7 @@ class PathPatching(Job):
         shapes.call("attention", 2)
 
     def _cache_bytes(
-        self, shapes: _Shapes, pairs: PairBatch, by_layer: Mapping[int, list[int]], top: int
+        self, shapes: ShapeCounter, pairs: PairBatch, by_layer: Mapping[int, list[int]], top: int
     ) -> int:
         cfg = shapes.cfg
         batch, pos = pairs.clean.tokens.shape
@@ -424,18 +205,18 @@ class PathPatching(Job):
     def _hooks(self, cfg: HookedTransformerConfig, pairs: PairBatch, top: int) -> tuple[int, int]:
         if self.receivers is None and not any_at_answer(pairs, self.position):
             top = 0
-        shapes = _Shapes(cfg)
+        shapes = ShapeCounter(cfg)
         senders = top * self._per_layer(cfg)
         shapes.whole_run(pairs.clean)  # the run that outputs are held at
         shapes.whole_run(pairs.corrupt)
-        runs = _Shapes(cfg)
+        runs = ShapeCounter(cfg)
         runs.whole_run(pairs.clean)
         runs.unembed(len(pairs))
         shapes.tally.add(runs.tally, 1 + senders)
         passes = 3 + senders
         if self.receivers is not None and top:
             # To read the receivers' input; with every layer's heads held, all layers are run.
-            reading = _Shapes(cfg)
+            reading = ShapeCounter(cfg)
             reading.whole_run(pairs.clean)
             shapes.tally.add(reading.tally, senders)
             passes += senders
@@ -464,7 +245,7 @@ class CircuitEvaluation(Job):
         names = {at for c in self.circuits for at, heads in heads_by_position(c).items() if heads}
         n_tokens = len(names | {ANSWER_POSITION})
         kept.sort(key=lambda heads: min(head.layer for head in heads))
-        shapes = _Shapes(cfg)
+        shapes = ShapeCounter(cfg)
         chunk = 0
         pos = pairs.clean.tokens.shape[1]
         together = min(self.batch_size, prompts_within(cfg, pos, memory))
@@ -487,7 +268,7 @@ class CircuitEvaluation(Job):
                 shapes.unembed(batch)
         size = min(together, len(pairs))
         cache = cfg.n_layers * size * pos * cfg.d_model + len(kept) * size * cfg.d_model
-        hooks = _Shapes(cfg)
+        hooks = ShapeCounter(cfg)
         hooks.whole_run(pairs.clean)
         hooks.unembed(len(pairs))
         passes = len(self.circuits)
@@ -496,7 +277,12 @@ class CircuitEvaluation(Job):
         )
 
     def _kept(
-        self, shapes: _Shapes, kept: Sequence[Sequence[Head]], batch: int, pos: int, n_tokens: int
+        self,
+        shapes: ShapeCounter,
+        kept: Sequence[Sequence[Head]],
+        batch: int,
+        pos: int,
+        n_tokens: int,
     ) -> None:
         cfg = shapes.cfg
         top = max(head.layer for heads in kept for head in heads)
@@ -567,7 +353,7 @@ class EditedRuns(Job):
             at: [variant for variant in edited if variant.positions == at]
             for at in dict.fromkeys(variant.positions for variant in edited)
         }
-        recorded, runs = _Shapes(cfg), _Shapes(cfg, trained=self.trained)
+        recorded, runs = ShapeCounter(cfg), ShapeCounter(cfg, trained=self.trained)
         runs.part = SUFFIX
         lowest = min((variant.lowest for variant in edited), default=cfg.n_layers - 1)
         cache = chunk = 0
@@ -601,7 +387,7 @@ class EditedRuns(Job):
         return Count(tally, cache, chunk, *self._hooks(cfg, pairs, lowest))
 
     def _cache_bytes(
-        self, shapes: _Shapes, batch: int, pos: int, later: int, lowest: int, begins: int
+        self, shapes: ShapeCounter, batch: int, pos: int, later: int, lowest: int, begins: int
     ) -> int:
         """Keys and values of all tokens, and of the `later` ones what recomputations begin with."""
         cfg = shapes.cfg
@@ -609,7 +395,7 @@ class EditedRuns(Job):
         each += later * begins * (2 * cfg.d_model + shapes.width)
         return batch * (each + cfg.d_model) * shapes.itemsize
 
-    def _variants_bytes(self, shapes: _Shapes, window: Window, here: Sequence[Variant]) -> int:
+    def _variants_bytes(self, shapes: ShapeCounter, window: Window, here: Sequence[Variant]) -> int:
         each = window.bytes_per_variant(shapes.model)
         rows = len(here) * window.tokens.numel()
         if not self.trained:
@@ -621,7 +407,7 @@ class EditedRuns(Job):
     def _hooks(
         self, cfg: HookedTransformerConfig, pairs: PairBatch, lowest: int
     ) -> tuple[int, int]:
-        forward, backward, others = _Shapes(cfg), _Shapes(cfg), _Shapes(cfg)
+        forward, backward, others = ShapeCounter(cfg), ShapeCounter(cfg), ShapeCounter(cfg)
         forward.whole_run(pairs.clean)
         forward.unembed(len(pairs))
         backward.whole_run(pairs.clean, cfg.n_layers - lowest)
@@ -634,7 +420,7 @@ class EditedRuns(Job):
         return n * (2 if self.trained else 1) + len(self.others), operations
 
 
-def _recompute(shapes: _Shapes, window: Window, variants: Sequence[Variant]) -> None:
+def _recompute(shapes: ShapeCounter, window: Window, variants: Sequence[Variant]) -> None:
     """Counts a window's recomputation for variants in order of where they begin."""
     cfg = shapes.cfg
     members, length = window.tokens.shape

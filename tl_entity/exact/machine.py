@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import add_mlp
-from tl_entity.exact.counts import Piece, Product, Tally
+from tl_entity.exact.tally import Piece, Product, Tally
 from tl_entity.exact.window import Window
 from tl_entity.hooks.edits import ReplaceHeads
 from tl_entity.hooks.points import hook_point

@@ -6,26 +6,27 @@ run to answer what it would with the counterfactual's information, at a price fo
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import memory_budget
-from tl_entity.exact.suffix import CleanRun
 from tl_entity.heads import Head
-from tl_entity.hooks.edits import Hook, MaskHeads
-from tl_entity.hooks.points import check_heads, hook_point
-from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
+from tl_entity.methods.masked_forward import (
+    SELECTED_BELOW,
+    MaskedForward,
+    RecordedPairs,
+    selected_heads,
+)
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
 from tl_entity.results import Result
@@ -35,9 +36,6 @@ from tl_entity.tasks.batches import PairBatch
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-SELECTED_BELOW = 0.5
-"""A head is selected if its m is below this: rounded, it takes the counterfactual's value."""
 
 
 class MaskStep(NamedTuple):
@@ -100,7 +98,7 @@ class HeadMask(Result):
     @property
     def selected(self) -> tuple[Head, ...]:
         """The candidates with m below one half, in the candidates' order."""
-        return _selected(self.heads, self.values)
+        return selected_heads(self.heads, self.values)
 
     @property
     def validation_accuracy(self) -> float | None:
@@ -163,177 +161,6 @@ class HeadMask(Result):
                 else (correct / self.n_validation).tolist(),
             }
         )
-
-
-@dataclass(frozen=True)
-class RecordedPairs:
-    """What masked runs of some pairs share, whatever the mask.
-
-    Attributes:
-        pairs: the pairs, on the model's device.
-        other: for each layer with candidates, their outputs in the counterfactual run, read at the
-            counterfactual's own position, `[batch heads d_head]`.
-        clean: the base run, from the first masked layer and token on; None on the hooks engine,
-            which runs the whole model each time.
-    """
-
-    pairs: PairBatch
-    other: Mapping[int, Float[Tensor, "batch heads d_head"]]
-    clean: CleanRun | None
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-
-class MaskedForward(nn.Module):
-    """A frozen model whose candidate heads are mixed with a counterfactual run by a trainable mask.
-
-    The mask, one entry a candidate, is the only parameter; it begins at 1, where the model is
-    itself. The model is no submodule: `parameters()` and `state_dict()` hold the mask alone, and
-    `.to(device)` moves the mask alone.
-
-        masked = MaskedForward(model, heads, position="last")
-        optimizer = torch.optim.Adam(masked.parameters(), lr=0.1)
-        for pairs in batches:
-            masked.clamp_()
-            optimizer.zero_grad()
-            loss = my_loss(masked(pairs), pairs.targets, masked.mask)
-            loss.backward()
-            optimizer.step()
-
-    Pairs that are run more than once are recorded once: `recorded = masked.record(pairs)`, then
-    `masked(recorded)`. On the exact engine that leaves only what the mask can change to compute.
-
-    Args:
-        model: the model.
-        candidates: the heads with a mask.
-        position: named position of their outputs, in base and counterfactual prompt each its own.
-        engine: "exact" recomputes only what the mask can change; "hooks" runs the whole model.
-
-    Raises:
-        InputError: if there are no candidates, one comes twice, or the model lacks one.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        candidates: Sequence[Head],
-        *,
-        position: str,
-        engine: Engine = "exact",
-    ) -> None:
-        super().__init__()
-        candidates = tuple(Head(*head) for head in candidates)
-        if not candidates:
-            raise InputError("There are no candidate heads to learn a mask for.")
-        if len(set(candidates)) != len(candidates):
-            raise InputError("A head is a candidate twice; its mask would be two.")
-        check_heads(model, candidates)
-        self.candidates = candidates
-        self.position = position
-        self.engine: Engine = engine
-        self._model = (model,)  # in a tuple, where nn.Module doesn't take it for a part of itself
-        self._layers = {
-            layer: [i for i, head in enumerate(candidates) if head.layer == layer]
-            for layer in sorted({head.layer for head in candidates})
-        }
-        # A mask in half precision could not be trained in small steps.
-        dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-        self.mask = nn.Parameter(torch.ones(len(candidates), dtype=dtype, device=model.cfg.device))
-
-    @property
-    def model(self) -> Model:
-        """The model that is run."""
-        return self._model[0]
-
-    @property
-    def selected(self) -> tuple[Head, ...]:
-        """The candidates with m below one half."""
-        return _selected(self.candidates, self.mask.detach())
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Bring the mask back into [0, 1]."""
-        self.mask.clamp_(0, 1)
-
-    @checked
-    @torch.no_grad()
-    def record(self, pairs: PairBatch) -> RecordedPairs:
-        """Run base and counterfactual prompts once, for any number of masked runs.
-
-        Raises:
-            InputError: if the prompts lack the position, or the exact engine does not fit the
-                model.
-        """
-        pairs = pairs.to(self.model.cfg.device or "cpu")
-        points: dict[str, str | None] = {
-            hook_point("z", layer): self.position for layer in self._layers
-        }
-        outputs = record(self.model, pairs.corrupt, points)
-        other = {
-            layer: outputs.pop(hook_point("z", layer))[:, self._heads(layer)]
-            for layer in self._layers
-        }
-        clean = None
-        if self.engine == "exact":
-            clean = CleanRun.record(
-                self.model,
-                pairs.clean,
-                first_layer=min(self._layers),
-                positions=[self.position],
-            )
-        return RecordedPairs(pairs, other, clean)
-
-    @checked
-    def forward(self, pairs: PairBatch | RecordedPairs) -> Float[Tensor, "batch d_vocab"]:
-        """Logits at the base prompts' `"last"` token; gradients reach the mask alone.
-
-        Raises:
-            InputError: as `record`.
-        """
-        return self.run(pairs, self.mask)
-
-    @checked
-    def run(
-        self,
-        pairs: PairBatch | RecordedPairs,
-        mask: Float[Tensor, " candidate"],
-        *,
-        tokens: Int[Tensor, "batch wanted"] | None = None,
-    ) -> Float[Tensor, "batch logits"]:
-        """As `forward`, with another mask than one's own, and only the logits of some tokens if
-        these are given.
-
-        Raises:
-            InputError: as `record`.
-        """
-        recorded = self.record(pairs) if isinstance(pairs, PairBatch) else pairs
-        hooks = self.edits(recorded, mask)
-        with _frozen(self.model):
-            if recorded.clean is not None:
-                return recorded.clean.answer_logits(hooks, tokens=tokens)
-            logits = answer_logits(self.model, recorded.pairs.clean, hooks)
-            return logits if tokens is None else logits.gather(1, tokens)
-
-    @checked
-    def edits(self, recorded: RecordedPairs, mask: Float[Tensor, " candidate"]) -> list[Hook]:
-        """The masked run as hooks, for `run_with_hooks` on the base prompts."""
-        at = recorded.pairs.clean.position(self.position)
-        return [
-            (
-                hook_point("z", layer),
-                MaskHeads(
-                    positions=at,
-                    heads=torch.tensor(self._heads(layer)),
-                    mask=mask[index],
-                    other=recorded.other[layer],
-                ),
-            )
-            for layer, index in self._layers.items()
-        ]
-
-    def _heads(self, layer: int) -> list[int]:
-        return [self.candidates[i].head for i in self._layers[layer]]
 
 
 @checked
@@ -635,7 +462,7 @@ class _Choice:
             self.best = now
             return
         # A rounded mask that came before has its count already.
-        selected = _selected(self._masked.candidates, mask)
+        selected = selected_heads(self._masked.candidates, mask)
         if selected not in self._known:
             found = _evaluate(self._masked, self._validation, selected)
             self._known[selected] = int(found.correct.sum())
@@ -723,23 +550,6 @@ def _bytes_of(held: Any) -> int:
     if isinstance(held, (list, tuple)):
         return sum(map(_bytes_of, held))
     return 0
-
-
-@contextmanager
-def _frozen(model: Model) -> Generator[None, None, None]:
-    """Within this context no weight of the model takes a gradient."""
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trainable:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trainable:
-            weight.requires_grad_(True)
-
-
-def _selected(heads: tuple[Head, ...], mask: Float[Tensor, " candidate"]) -> tuple[Head, ...]:
-    return tuple(head for head, m in zip(heads, mask.tolist(), strict=True) if m < SELECTED_BELOW)
 
 
 def _drawn(pairs: PairBatch | Callable[[int], PairBatch], seed: int) -> PairBatch:

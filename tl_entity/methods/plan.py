@@ -16,13 +16,13 @@ from tl_entity.exact.counts import (
     CircuitEvaluation,
     Job,
     PathPatching,
-    Tally,
     cross_model_patching,
     knockouts,
     mask_steps,
 )
 from tl_entity.exact.machine import Machine, calibrate
 from tl_entity.exact.memory import memory_budget
+from tl_entity.exact.tally import Tally
 from tl_entity.heads import Head, HeadsAt
 from tl_entity.hooks.points import n_kv_heads
 from tl_entity.methods.circuits import BATCH_SIZE
