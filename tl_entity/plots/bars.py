@@ -18,6 +18,10 @@ LEVEL_CHARACTERS, LEVEL_SIZE, LEVEL_MARGIN = 18, 12, 120
 """Characters in a line of a level's name, their size in pixels, and the least margin for them."""
 
 
+CATEGORY_CHARACTERS = 20
+"""Characters in a line of a category's name: longer ones would stand aslant."""
+
+
 @dataclass(frozen=True)
 class Bar:
     """A share between 0 and 1 with its bounds, and, if it is a mean, the points it is of; `says`
@@ -74,6 +78,11 @@ def grouped_bars(
     for name, bars in series.items():
         _add_bars(figure, name, list(bars), list(bars.values()))
     _finish_bars(figure, title, axis)
+    categories = list(dict.fromkeys(name for bars in series.values() for name in bars))
+    figure.update_xaxes(
+        tickvals=categories,
+        ticktext=["<br>".join(wrap(name, CATEGORY_CHARACTERS)) for name in categories],
+    )
     return figure
 
 
