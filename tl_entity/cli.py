@@ -242,6 +242,7 @@ def _add_study_options(command: "_OneLineParser") -> None:
         metavar="N",
         help="prompts run together (default: what memory allows)",
     )
+    _add_memory(add)
     add(
         "--dtype",
         choices=["float32", "float64", "float16", "bfloat16"],
@@ -267,6 +268,16 @@ def _add_study_options(command: "_OneLineParser") -> None:
         help="folder for the report and all else (default: results)",
     )
     command.set_defaults(run=_reproduce)
+
+
+def _add_memory(add: "Callable[..., object]") -> None:
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="what intermediate results may take (default: a quarter of the device's memory, on a "
+        "CPU at most 2)",
+    )
 
 
 def _add_loudness(command: "_OneLineParser") -> None:
@@ -440,6 +451,7 @@ def _add_plan(commands: "Commands") -> None:
         default="float32",
         help="of weights and activations (default: float32)",
     )
+    _add_memory(add)
     add("--device", metavar="NAME", help="such as cpu or cuda (default: the best there is)")
     add("--untimed", action="store_true", help="count only, without the calibration")
     add("--json", action="store_true", help="print JSON")
@@ -483,6 +495,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         seed=options.seed,
         engine=options.engine,
         batch_size=options.batch_size,
+        memory=options.memory,
         dtype=options.dtype,
         device=options.device,
         matmul_precision=options.matmul_precision,
@@ -583,6 +596,7 @@ def _plan(options: argparse.Namespace) -> None:
         base=options.model,
         tuned=None,
         prompts=max(2, options.prompts),
+        memory=options.memory,
         sizes=options.sizes and dict(zip(GROUPS, options.sizes, strict=True)),
         receiver_sizes=options.receiver_sizes
         and dict(zip(GROUPS[:-1], options.receiver_sizes, strict=True)),
@@ -599,7 +613,7 @@ def _plan(options: argparse.Namespace) -> None:
         pairs = box_layout(options.prompts, n_boxes=options.boxes)
     else:
         pairs = discovery_pairs(tokenizer, options.prompts, n_boxes=options.boxes, seed=0)
-    found = plan(cfg, pairs, jobs, timed=not options.untimed)
+    found = plan(cfg, pairs, jobs, memory=settings.memory_bytes, timed=not options.untimed)
     if options.json:
         _say(json.dumps({"model": options.model, **found.to_dict()}, indent=2))
         return

@@ -84,7 +84,7 @@ def done(settings, tmp_path_factory):
             re.fullmatch(r"loss -?\d+\.\d\d, \d heads", note)
             for note in watch.notes[f"{role}: DCM"]
         )
-    return out, watch.seen
+    return out, watch
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def contents(folder):
 def test_after_an_interruption_finished_steps_are_skipped_and_the_bytes_are_the_same(
     settings, done, tmp_path
 ):
-    whole, all_steps = done
+    whole, all_steps = done[0], done[1].seen
     stop_at = "tuned: pos_transmitter"
     with pytest.raises(KeyboardInterrupt):
         reproduce(settings, tmp_path / "out", progress=Watch(stop_at))
@@ -303,6 +303,22 @@ def test_the_command_to_run_again_gives_the_same_settings(results, settings, tmp
     assert options.sizes == (2, 2, 2, 2)
     assert (options.prompts, options.boxes, options.seed) == (6, 3, 3)
     assert options.all_pairs
+
+
+def test_little_memory_gives_the_same_study_in_smaller_chunks(done, results, settings, tmp_path):
+    from tl_entity.cli import _parser
+
+    watch = Watch()
+    found = reproduce(replace(settings, memory=1e-5), tmp_path, progress=watch)  # 11 kB
+    for what in ("minimality", "knockout", "value_fetcher"):
+        name = f"base: {what}"
+        assert len(watch.notes[name]) > len(done[1].notes[name])
+    for role in ("base", "tuned"):
+        assert found["models"][role]["circuit"] == results["models"][role]["circuit"]
+        for name in ("faithfulness", "completeness", "minimality", "knockout"):
+            assert found["models"][role][name] == results["models"][role][name]
+    words = command(found["settings"]).replace("'", "").split()[1:]
+    assert _parser().parse_args(words).memory == 1e-5
 
 
 def test_the_fingerprint_knows_weights_not_places(settings, tmp_path):

@@ -40,6 +40,12 @@ def test_too_small_numbers_are_refused(name):
         Settings(**{name: -1})
 
 
+@pytest.mark.parametrize("gib", [0, -1, float("nan"), float("inf")])
+def test_memory_that_makes_no_sense_is_refused(gib):
+    with pytest.raises(InputError, match="Memory must be above 0 GiB"):
+        Settings(memory=gib)
+
+
 def test_every_purpose_has_its_own_seed():
     purposes = [("accuracy", n) for n in range(9)] + [("pairs",), ("faithfulness",)]
     assert len({stream_seed(seed, *p) for seed in (0, 1) for p in purposes}) == 2 * len(purposes)

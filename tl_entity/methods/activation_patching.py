@@ -45,6 +45,7 @@ def activation_patch(
     *,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
 ) -> Evaluation:
     """Answer the base prompts with heads' outputs taken from the counterfactuals.
 
@@ -57,13 +58,16 @@ def activation_patch(
         pairs: base prompts (clean), counterfactuals (corrupt) and targets.
         heads: a circuit, or heads by named position, all patched at once.
         engine: "exact" recomputes only what the patch can change; "hooks" runs the whole model.
-        batch_size: pairs run together.
+        batch_size: pairs run together, at most.
+        memory: bytes that intermediate results may take; found from the device if left out.
 
     Raises:
         InputError: if the prompts lack a position, the model a head, or the exact engine does not
             fit the model.
     """
-    (found,) = activation_patch_each(model, pairs, [heads], engine=engine, batch_size=batch_size)
+    (found,) = activation_patch_each(
+        model, pairs, [heads], engine=engine, batch_size=batch_size, memory=memory
+    )
     return found
 
 
@@ -89,7 +93,7 @@ def activation_patch_each(
         choices: circuits, or heads by named position; each is patched by itself.
         engine: as in `activation_patch`.
         batch_size: as in `activation_patch`.
-        memory: bytes that intermediate results may take; found from the device if left out.
+        memory: as in `activation_patch`.
         progress: called with the number of runs done since the last call, where one choice on one
             pair is a run.
 
@@ -247,6 +251,7 @@ def carries(
     seeds: Sequence[int],
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> CarriedInformation:
     """Patch every group by itself, for every desideratum, on several draws of pairs.
@@ -258,6 +263,7 @@ def carries(
         seeds: one for each draw.
         engine: as in `activation_patch`.
         batch_size: as in `activation_patch`.
+        memory: as in `activation_patch`.
         progress: called with the number of runs done since the last call, where one group, or
             none, on one pair is a run.
 
@@ -276,7 +282,13 @@ def carries(
         for seed in seeds:
             pairs = draw(seed)
             found = activation_patch_each(
-                model, pairs, choices, engine=engine, batch_size=batch_size, progress=progress
+                model,
+                pairs,
+                choices,
+                engine=engine,
+                batch_size=batch_size,
+                memory=memory,
+                progress=progress,
             )
             correct.append([int(evaluation.correct.sum()) for evaluation in found])
             n_pairs.append(len(pairs))

@@ -55,6 +55,7 @@ def cmap(
     patch: str = OUTPUT,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
 ) -> Evaluation:
     """Answer the prompts with the base model, some heads taking what the tuned model computes on
     the same prompts.
@@ -73,16 +74,18 @@ def cmap(
         heads: a circuit, or heads by named position.
         patch: "output", or any of the letters q, k, v, such as "q" or "qk".
         engine: "exact" recomputes only what the patch can change; "hooks" runs the whole model.
-        batch_size: prompts run together.
+        batch_size: prompts run together, at most.
+        memory: bytes that intermediate results may take; found from the device if left out.
 
     Raises:
         InputError: if the models differ in architecture or tokenizer, naming what differs; a head
             or position does not exist; a prompt has no answer; `patch` is something else; or the
             exact engine does not fit the base model.
     """
-    return cmap_each(base, tuned, prompts, [(heads, patch)], engine=engine, batch_size=batch_size)[
-        0
-    ]
+    (found,) = cmap_each(
+        base, tuned, prompts, [(heads, patch)], engine=engine, batch_size=batch_size, memory=memory
+    )
+    return found
 
 
 @checked
@@ -109,7 +112,7 @@ def cmap_each(
         choices: heads and what of them is patched; each by itself.
         engine: as in `cmap`.
         batch_size: as in `cmap`.
-        memory: bytes that intermediate results may take; found from the device if left out.
+        memory: as in `cmap`.
         progress: called with the number of runs done since the last call, where one choice on one
             prompt is a run.
 
@@ -280,6 +283,7 @@ def cmap_by_group(
     patches: Sequence[str] = PATCHES,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> CrossModelPatching:
     """Patch every group of a circuit by itself, and all of them together.
@@ -294,7 +298,8 @@ def cmap_by_group(
         seed: of the bootstrap intervals.
         patches: what is patched, as in `cmap`.
         engine: as in `cmap`.
-        batch_size: prompts run together.
+        batch_size: as in `cmap`.
+        memory: as in `cmap`.
         progress: called with the number of runs done since the last call, where one group and patch
             on one prompt is a run; there are len(patches) * (number of groups + 1) * len(prompts).
 
@@ -313,9 +318,12 @@ def cmap_by_group(
         [(heads, patch) for _, heads, patch in named],
         engine=engine,
         batch_size=batch_size,
+        memory=memory,
         progress=progress,
     )
-    alone, target = (evaluate(model, prompts, batch_size=batch_size) for model in (base, tuned))
+    alone, target = (
+        evaluate(model, prompts, batch_size=batch_size, memory=memory) for model in (base, tuned)
+    )
     bootstrap = Bootstrap.draw(len(prompts), seed=seed)
     return CrossModelPatching(
         alone,

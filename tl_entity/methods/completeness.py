@@ -166,6 +166,7 @@ def completeness(
     random_size: int | None = None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> Completeness:
     """|F(C \\ K) - F(M \\ K)| for K each group of the circuit and random heads of it (Prakash et
@@ -188,7 +189,8 @@ def completeness(
         n_random: how many random K.
         random_size: heads in each random K.
         engine: as in `evaluate`.
-        batch_size: prompts run together.
+        batch_size: prompts run together, at most.
+        memory: bytes that intermediate results may take; found from the device if left out.
         progress: called with the number of runs done since the last call, where one K on one prompt
             is two runs; there are 2 * (1 + number of groups + n_random) * len(prompts).
 
@@ -205,6 +207,7 @@ def completeness(
         "mean_outputs": mean_outputs,
         "engine": engine,
         "batch_size": batch_size,
+        "memory": memory,
         "progress": progress,
     }
     of_circuit = evaluate_circuits(

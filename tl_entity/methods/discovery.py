@@ -157,6 +157,7 @@ def discover_circuit(
     stages: Sequence[Stage] = ENTITY_TRACKING_STAGES,
     engine: Engine = "exact",
     batch_size: int | None = None,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
     score_stage: Callable[..., HeadScores] = path_patch,
 ) -> Discovery:
@@ -175,6 +176,7 @@ def discover_circuit(
         stages: what is found, in order; the paper's four by default.
         engine: as in `path_patch`.
         batch_size: as in `path_patch`.
+        memory: as in `path_patch`.
         progress: as in `path_patch`, over all stages.
         score_stage: what scores a stage, called as `path_patch` is; a place to keep finished
             stages.
@@ -198,6 +200,7 @@ def discover_circuit(
             receiver_input=stage.receiver_input,
             engine=engine,
             batch_size=batch_size,
+            memory=memory,
             progress=progress,
         )
         scores[stage.group] = found

@@ -139,6 +139,7 @@ def knock_out_attention(
     to_position: str,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
 ) -> Float[Tensor, " layer"]:
     """Accuracy by first knocked-out layer: entry l is with attention from one named token to
     another taken away, in every head, in layer l and all layers above.
@@ -153,6 +154,7 @@ def knock_out_attention(
         to_position=to_position,
         engine=engine,
         batch_size=batch_size,
+        memory=memory,
     )
     return torch.tensor(curve.accuracy, dtype=torch.float32)
 

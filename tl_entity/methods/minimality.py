@@ -151,6 +151,7 @@ def minimality(
     largest_share: float = LARGEST_SHARE,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
+    memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> Minimality:
     """Keep the heads that a circuit loses accuracy by (Prakash et al. 2024, §3.3).
@@ -180,7 +181,8 @@ def minimality(
         threshold: the score that a head must reach to be kept.
         largest_share: share of a group that K may have, rounded up.
         engine: as in `evaluate`.
-        batch_size: prompts run together.
+        batch_size: prompts run together, at most.
+        memory: bytes that intermediate results may take; found from the device if left out.
         progress: called with the number of runs done since the last call, where one part removed on
             one prompt is a run.
 
@@ -208,6 +210,7 @@ def minimality(
             mean_outputs=mean_outputs,
             engine=engine,
             batch_size=batch_size,
+            memory=memory,
             progress=progress,
         )
 

@@ -143,6 +143,7 @@ class Bench:
             mean_outputs=means,
             engine=self.settings.engine,
             batch_size=self.batch_size,
+            memory=self.settings.memory_bytes,
         )
 
 
@@ -286,6 +287,7 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discove
         receiver_sizes=bench.receiver_sizes,
         engine=s.engine,
         batch_size=s.batch_size,
+        memory=s.memory_bytes,
         score_stage=score_stage,
     )
     record: Record = {}

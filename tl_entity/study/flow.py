@@ -43,6 +43,7 @@ def knock_out_flow(bench: Bench) -> Record:
                     seed=seed,
                     engine=s.engine,
                     batch_size=bench.batch_size,
+                    memory=bench.settings.memory_bytes,
                     progress=done,
                 )
                 curves.append(_curve_record(curve))

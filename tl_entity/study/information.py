@@ -82,6 +82,7 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
                         sparsities=s.sparsities,
                         engine=s.engine,
                         batch_size=MASK_BATCH,
+                        memory=bench.settings.memory_bytes,
                         progress=count,
                     ).runs
                     best = max(runs, key=_worth)
@@ -131,6 +132,7 @@ def patch_what_groups_carry(bench: Bench, circuit: Circuit, dcm: Record, of: str
                 seeds=seeds,
                 engine=s.engine,
                 batch_size=bench.batch_size,
+                memory=bench.settings.memory_bytes,
                 progress=done,
             )
         return {"entries": _carried_record(found)}, {}

@@ -29,6 +29,7 @@ def measure_completeness(bench: Bench, circuit: Circuit) -> Record:
                 n_random=RANDOM_PARTS,
                 engine=bench.settings.engine,
                 batch_size=bench.batch_size,
+                memory=bench.settings.memory_bytes,
                 progress=done,
             )
         kinds = {"whole": (found.whole,), "group": found.groups, "random": found.random}
@@ -71,6 +72,7 @@ def measure_minimality(bench: Bench, circuit: Circuit) -> Record:
                 seed=seed,
                 engine=bench.settings.engine,
                 batch_size=bench.batch_size,
+                memory=bench.settings.memory_bytes,
                 progress=count,
             )
             done(most - shown)

@@ -550,6 +550,8 @@ def command(settings: dict[str, Any]) -> str:
     words += ["--seed", str(settings["seed"]), "--engine", settings["engine"]]
     if settings["batch_size"] is not None:
         words += ["--batch-size", str(settings["batch_size"])]
+    if settings["memory"] is not None:
+        words += ["--memory", f"{settings['memory']:g}"]
     words += ["--dtype", settings["dtype"]]
     words += ["--matmul-precision", settings["matmul_precision"]]
     words += ["--no-png"] * (not settings["png"])

@@ -140,6 +140,7 @@ def reproduce(
             "code": code,
             "versions": {package: versions[package] for package in COMPUTING},
             "batch_size": settings.batch_size,
+            "memory": settings.memory,
             "matmul_precision": settings.matmul_precision,
             "engine": settings.engine,
             "device": torch.device(model.cfg.device or "cpu").type,

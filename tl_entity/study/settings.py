@@ -8,6 +8,7 @@ from typing import Literal
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.exact.memory import GIB
 from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
 from tl_entity.models.registry import planted_circuit
 
@@ -84,6 +85,7 @@ class Settings:
         seed: all random choices follow from it.
         engine: for path patching.
         batch_size: prompts run together; None leaves it to each method.
+        memory: GiB that intermediate results may take; None finds it from the device.
         dtype: of weights and activations.
         device: such as "cuda"; None for the best there is.
         matmul_precision: of float32 matrix products, as torch names it.
@@ -112,6 +114,7 @@ class Settings:
     seed: int = 0
     engine: Literal["exact", "hooks"] = "exact"
     batch_size: int | None = None
+    memory: float | None = None
     dtype: str = "float32"
     device: str | None = None
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -143,7 +146,8 @@ class Settings:
             raise InputError("A control stands beside a fine-tuned model, and there is none.")
         if self.batch_size is not None and self.batch_size < 1:
             raise InputError(f"The batch size must be at least 1, not {self.batch_size}.")
-
+        if self.memory is not None and not 0 < self.memory < math.inf:
+            raise InputError(f"Memory must be above 0 GiB, not {self.memory:g}.")
         unknown = set(self.only or ()) - set(EXPERIMENTS)
         if unknown:
             raise InputError(
@@ -155,6 +159,11 @@ class Settings:
     def discovery_pairs(self) -> int:
         """Pairs that each circuit is found from."""
         return self.prompts if self.pairs is None else self.pairs
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` as the methods take it."""
+        return None if self.memory is None else round(self.memory * GIB)
 
     def wants(self, experiment: str) -> bool:
         """Whether an experiment is to be done."""

@@ -49,6 +49,7 @@ def patch_from_other(
                 seed=seed,
                 engine=s.engine,
                 batch_size=bench.batch_size,
+                memory=bench.settings.memory_bytes,
                 progress=done,
             )
         return _cmap_record(found, bench.role, source, seed), {}
