@@ -237,7 +237,15 @@ def test_tensor_in_two_shards(folder: Path) -> None:
 def test_missing_tokenizer(folder: Path) -> None:
     for file in folder.glob("token*"):
         file.unlink()
-    refused(folder, str(folder), "tokenizer")
+    refused(folder, str(folder), "has no tokenizer", "tokenizer.json", "tokenizer=")
+
+
+def test_missing_tokenizer_of_a_kind_that_transformers_makes_up(tmp_path: Path) -> None:
+    """Of Qwen2, transformers builds a tokenizer without a vocabulary, which reads nothing."""
+    folder = save(qwen2(), tmp_path / "checkpoint")
+    for file in folder.glob("token*"):
+        file.unlink()
+    refused(folder, str(folder), "has no tokenizer", "tokenizer=")
 
 
 @pytest.mark.parametrize("dtype", ["int7", torch.int8])

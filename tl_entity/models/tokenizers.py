@@ -8,6 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from tl_entity.errors import InputError
 from tl_entity.models.files import reason
 
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+"""Files that a tokenizer's vocabulary is found in."""
+
 
 def read_tokenizer(folder: Path, gguf_file: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or in a GGUF file of which a link lies there alone."""
@@ -21,13 +24,26 @@ def read_tokenizer(folder: Path, gguf_file: Path | None = None) -> PreTrainedTok
             tokenizer = PreTrainedTokenizerFast.from_pretrained(
                 folder, gguf_file=gguf_file.name, local_files_only=True
             )
+        # Where files are missing, some kinds come without a vocabulary instead of an error.
+        is_empty = not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     except Exception as error:  # the library raises many kinds, some of them bare Exception
         place = gguf_file or folder
+        if gguf_file is None and not any(map(list, map(folder.glob, VOCABULARIES))):
+            raise _missing(folder) from None
         raise InputError(f"{place} has no tokenizer that can be read: {reason(error)}") from None
+    if is_empty:
+        raise _missing(gguf_file or folder)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def _missing(place: Path) -> InputError:
+    return InputError(
+        f"{place} has no tokenizer: there is no vocabulary in it. Put the checkpoint's own "
+        "tokenizer.json or tokenizer.model there, or give tokenizer=."
+    )
 
 
 def replace_missing_padding(tokenizer: PreTrainedTokenizerBase, d_vocab: int) -> None:
