@@ -1,5 +1,6 @@
 """How much a model needs the circuit that was found in it: its accuracy without those heads, beside
-its accuracy without as many heads drawn at random at the same tokens.
+its accuracy without as many heads drawn at random at the same tokens, from all layers or from the
+circuit's own.
 
 python docs/studies/ablate.py MODEL results/base_circuit.json --out ablation_base.json
 python docs/studies/ablate.py MODEL results/tuned_circuit.json --adapter FOLDER --out ablation.json
@@ -8,6 +9,8 @@ python docs/studies/ablate.py MODEL results/tuned_circuit.json --adapter FOLDER 
 import argparse
 import json
 from pathlib import Path
+
+from controls import of_the_same_layers
 
 from tl_entity import (
     Circuit,
@@ -40,10 +43,11 @@ def main() -> None:
     others = discovery_pairs(model.tokenizer, n, n_boxes=boxes, seed=seed + 1).corrupt
     means = mean_head_outputs(model, others, batch_size=8)
     drawn = random_circuits(model, circuit, options.random, seed=seed + 2)
+    matched = of_the_same_layers(model, circuit, options.random, seed=seed + 3)
     found = evaluate_removals(
-        model, prompts, [{}, circuit, *drawn], mean_outputs=means, batch_size=8
+        model, prompts, [{}, circuit, *drawn, *matched], mean_outputs=means, batch_size=8
     )
-    whole, without, *without_random = map(record, found)
+    whole, without, *others = map(record, found)
     content = {
         "prompts": n,
         "boxes": boxes,
@@ -51,7 +55,8 @@ def main() -> None:
         "heads": len(circuit),
         "whole": whole,
         "without_circuit": without,
-        "without_random": without_random,
+        "without_random": others[: len(drawn)],
+        "without_random_of_the_same_layers": others[len(drawn) :],
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -2,7 +2,8 @@
 
 Takes the circuits and masks that `tl-entity reproduce` found, and measures on new prompts: the
 accuracy of the models, of their circuits and of larger ones, which group's outputs bring the gain
-(CMAP), what the groups carry, and how the gain comes along the checkpoints of the fine-tune. Steps
+(CMAP, both ways, beside random heads of the same layers), what the groups carry, where information
+passes (attention knockout), and how the gain comes along the checkpoints of the fine-tune. Steps
 are kept in the folder, so that the same command goes on where it was stopped.
 
 python docs/studies/more.py RESULTS MODEL ADAPTER --out more [--checkpoints FINETUNE]
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from controls import of_the_same_layers
 from transformer_lens import HookedTransformer
 
 from tl_entity import (
@@ -29,7 +31,9 @@ from tl_entity import (
     mean_head_outputs,
 )
 from tl_entity.methods.activation_patching import carries
-from tl_entity.methods.cmap import cmap_by_group
+from tl_entity.methods.cmap import cmap_by_group, cmap_each
+from tl_entity.methods.knockout import knockout_curve
+from tl_entity.study.flow import KNOCKOUTS
 from tl_entity.study.information import selected_circuit
 from tl_entity.study.store import Outcome, Record, Store, fingerprint, to_json
 from tl_entity.tasks.desiderata import MAIN_DESIDERATA, desideratum_draws
@@ -37,6 +41,9 @@ from tl_entity.tasks.desiderata import MAIN_DESIDERATA, desideratum_draws
 BATCH = 8
 PATCHES = ("output", "q")
 """Of the four patches those that changed anything with few prompts."""
+
+DRAWS = 5
+"""Sets of random heads that CMAP is held against."""
 
 TIMES = (1, 2, 4, 8, 16)
 """How many times larger the groups of a circuit are made."""
@@ -52,6 +59,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=100, help="to see what the groups carry")
     parser.add_argument("--checkpoint-prompts", type=int, default=100)
+    parser.add_argument("--control-prompts", type=int, default=100, help="for all else")
     parser.add_argument("--boxes", type=int, default=7)
     parser.add_argument("--seed", type=int, default=300)
     parser.add_argument("--out", type=Path, required=True)
@@ -72,7 +80,7 @@ def main() -> None:
     }
     content: Record = {
         name: getattr(options, name)
-        for name in ("prompts", "pairs", "checkpoint_prompts", "boxes", "seed")
+        for name in ("prompts", "pairs", "checkpoint_prompts", "control_prompts", "boxes", "seed")
     }
     content["alone"], content["sizes"], content["carries"] = {}, {}, {}
     for role, model in models.items():
@@ -91,6 +99,20 @@ def main() -> None:
     content["cmap"] = store.step(
         "cmap_tuned_into_base", inputs, functools.partial(transfer, *given)
     )[0]
+    some = {**inputs, "prompts": options.control_prompts}
+    given = (models["tuned"], models["base"], circuits["base"], options.control_prompts, options)
+    content["cmap_base_into_tuned"] = store.step(
+        "cmap_base_into_tuned", some, functools.partial(transfer, *given)
+    )[0]
+    given = (models["base"], models["tuned"], circuits["base"], options)
+    content["cmap_random"] = store.step(
+        "cmap_random", {**some, "draws": DRAWS}, functools.partial(random_transfer, *given)
+    )[0]
+    content["knockout"] = {}
+    for role, model in models.items():
+        content["knockout"][role] = store.step(
+            f"knockout_{role}", some, functools.partial(flow, model, options)
+        )[0]
     if options.checkpoints is not None:
         content["checkpoints"] = {}
         for folder in sorted(options.checkpoints.glob("step-*")):
@@ -199,6 +221,58 @@ def transfer(
         for entry in found.entries
     ]
     return {"into": accuracy(found.base), "from": accuracy(found.tuned), "entries": entries}, {}
+
+
+def random_transfer(
+    into: HookedTransformer, source: HookedTransformer, circuit: Circuit, options: Any
+) -> Outcome:
+    """Accuracy with outputs of found heads of the other model, of random heads of the same layers,
+    and of every head at their tokens."""
+    prompts = box_prompts(
+        into.tokenizer, options.control_prompts, n_boxes=options.boxes, seed=options.seed
+    )
+    every = [Head(n, h) for n in range(into.cfg.n_layers) for h in range(into.cfg.n_heads)]
+    entries: list[Record] = []
+    parts = {group.name: Circuit((group,)) for group in circuit} | {"whole circuit": circuit}
+    for name, found in parts.items():
+        drawn = of_the_same_layers(into, found, DRAWS, seed=options.seed + 5)
+        choices = [found, *drawn, dict.fromkeys(found.heads_at(), every)]
+        measured = cmap_each(
+            into, source, prompts, [(heads, "output") for heads in choices], batch_size=BATCH
+        )
+        of_found, *of_random, of_every = map(accuracy, measured)
+        entries.append(
+            {"group": name, "found": of_found, "random": of_random, "every_head": of_every}
+        )
+    return {"entries": entries}, {}
+
+
+def flow(model: HookedTransformer, options: Any) -> Outcome:
+    """Accuracy with attention between two tokens knocked out, from each layer up."""
+    prompts = box_prompts(
+        model.tokenizer, options.control_prompts, n_boxes=options.boxes, seed=options.seed
+    )
+    curves = []
+    for from_position, to_position in KNOCKOUTS:
+        curve = knockout_curve(
+            model,
+            prompts,
+            from_position=from_position,
+            to_position=to_position,
+            random_draws=1,
+            seed=options.seed + 6,
+            batch_size=BATCH,
+        )
+        curves.append(
+            {
+                "from": from_position,
+                "to": to_position,
+                "whole": accuracy(curve.whole),
+                "layers": [accuracy(evaluation) for evaluation in curve.evaluations],
+                "control": curve.control_accuracy[0].tolist(),
+            }
+        )
+    return {"curves": curves}, {}
 
 
 def carried(model: HookedTransformer, circuit: Circuit, masks: Record, options: Any) -> Outcome:
