@@ -230,7 +230,9 @@ def test_what_is_broken_in_the_base_is_what_patching_repairs(
         if repaired and entry.group in (group, WHOLE_CIRCUIT):
             assert entry.evaluation.accuracy == 1.0
             assert entry.recovered == 1.0
-            assert entry.recovered_interval == (1.0, 1.0)
+            # Right on just the tuned model's prompts: no draw differs, and yet 40 are not all.
+            low, high = entry.recovered_interval
+            assert 0.8 < low < 0.95 and 1.05 < high < 1.2
         elif head == COPY:
             assert entry.evaluation.accuracy < 0.5
             assert entry.recovered < 0.5

@@ -26,7 +26,7 @@ from tl_entity.hooks.run import HookFunction, answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Bootstrap, Interval
+from tl_entity.stats import Bootstrap, Interval, paired_difference_interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Patched:
         heads: the heads by named position.
         evaluation: how the patched model answers.
         gain: its accuracy less the base model's.
-        gain_interval: 95 % bootstrap interval, prompts resampled in pairs.
+        gain_interval: 95 % interval, prompts compared in pairs.
         recovered: the gain as a share of what the tuned model gains; NaN where that is nothing.
         recovered_interval: 95 % bootstrap interval; wide, and of little worth, where the two models
             hardly differ. Draws in which they don't differ at all have no share and are left out.
@@ -344,19 +344,26 @@ def _patched(
     tuned: Evaluation,
     bootstrap: Bootstrap,
 ) -> Patched:
-    right, before, after = (
-        found.correct.cpu().numpy().astype(np.float64) for found in (evaluation, base, tuned)
-    )
+    right, before, after = (found.correct.cpu().numpy() for found in (evaluation, base, tuned))
     gain, whole = evaluation.accuracy - base.accuracy, tuned.accuracy - base.accuracy
+    gain_interval = paired_difference_interval(right, before)
+    recovered = bootstrap.ratio(
+        *(now.astype(np.float64) - before.astype(np.float64) for now in (right, after))
+    )
+    if recovered.low == recovered.high and whole:
+        # The same prompts as before are right, or the same as in the tuned model: no draw differs.
+        reached, alike = (1.0, after) if recovered.low == 1 else (0.0, before)
+        bounds = (bound / whole for bound in paired_difference_interval(right, alike))
+        recovered = Interval(*(reached + bound for bound in sorted(bounds)))
     return Patched(
         group=name,
         patch=patch,
         heads=heads,
         evaluation=evaluation,
         gain=gain,
-        gain_interval=bootstrap.difference(right, before),
+        gain_interval=gain_interval,
         recovered=gain / whole if whole else float("nan"),
-        recovered_interval=bootstrap.ratio(right - before, after - before),
+        recovered_interval=recovered,
     )
 
 

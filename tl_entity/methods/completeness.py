@@ -21,7 +21,7 @@ from tl_entity.methods.circuits import (
 )
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Bootstrap, Interval
+from tl_entity.stats import Interval, paired_difference_interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ class Removal:
         heads: K, by named position.
         of_circuit: F(C \\ K), accuracy of the circuit without K.
         of_model: F(M \\ K), accuracy of the model without K.
-        difference_interval: 95 % bootstrap interval of F(C \\ K) - F(M \\ K), prompts resampled in
-            pairs.
+        difference_interval: 95 % interval of F(C \\ K) - F(M \\ K), prompts compared in pairs.
     """
 
     name: str
@@ -80,7 +79,7 @@ class Completeness(Result):
         whole: with nothing removed: F(C) and F(M).
         groups: each group of the circuit removed.
         random: random heads of the circuit removed.
-        seed: what these were drawn by, and the bootstrap.
+        seed: what these were drawn by.
     """
 
     whole: Removal
@@ -185,7 +184,7 @@ def completeness(
         prompts: the prompts.
         circuit: the circuit C.
         mean_outputs: as in `evaluate`.
-        seed: of the random heads and the bootstrap intervals.
+        seed: of the random heads.
         n_random: how many random K.
         random_size: heads in each random K.
         engine: as in `evaluate`.
@@ -214,16 +213,13 @@ def completeness(
         model, prompts, [without(circuit, heads) for _, heads in parts], **how
     )
     of_model = evaluate_removals(model, prompts, [heads for _, heads in parts], **how)
-    bootstrap = Bootstrap.draw(len(prompts), seed=seed)
     removals = [
         Removal(
             name,
             heads,
             left,
             rest,
-            bootstrap.difference(
-                *(e.correct.cpu().numpy().astype(np.float64) for e in (left, rest))
-            ),
+            paired_difference_interval(left.correct.cpu().numpy(), rest.correct.cpu().numpy()),
         )
         for (name, heads), left, rest in zip(parts, of_circuit, of_model, strict=True)
     ]

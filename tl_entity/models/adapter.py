@@ -221,8 +221,8 @@ def _refuse_what_differs(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(
-            f"{file} is of an adapter of type {kind!r}, and only LORA is merged here; merge it with "
-            "peft, if that can, and give the merged folder."
+            f"{file} is of an adapter of type {kind!r}, and only LORA is merged here; merge it "
+            "with peft, if that can, and give the merged folder."
         )
     for name, value in config.items():
         if value and name not in _HARMLESS and value != {}:

@@ -1,13 +1,12 @@
 """Between two models: which heads of one bring the other what it gained."""
 
-import numpy as np
 from transformer_lens import HookedTransformer
 
 from tl_entity.heads import Circuit
 from tl_entity.methods.cmap import PATCHES, CrossModelPatching, Patched, cmap_by_group
 from tl_entity.methods.compare import Overlap, compare
 from tl_entity.methods.discovery import Discovery
-from tl_entity.stats import Bootstrap
+from tl_entity.stats import paired_difference_interval
 from tl_entity.study.experiments import Bench, accuracy_record, groups_record, heads_record
 from tl_entity.study.store import Outcome, Record
 
@@ -52,23 +51,20 @@ def patch_from_other(
                 memory=bench.settings.memory_bytes,
                 progress=done,
             )
-        return _cmap_record(found, bench.role, source, seed), {}
+        return _cmap_record(found, bench.role, source), {}
 
     return bench.step(f"cmap_from_{source}", asked, compute)[0]
 
 
-def _cmap_record(found: CrossModelPatching, into: str, source: str, seed: int) -> Record:
-    before, after = (
-        evaluation.correct.cpu().numpy().astype(np.float64)
-        for evaluation in (found.base, found.tuned)
-    )
+def _cmap_record(found: CrossModelPatching, into: str, source: str) -> Record:
+    before, after = (of.correct.cpu().numpy() for of in (found.base, found.tuned))
     return {
         "into_role": into,
         "from_role": source,
         "into": accuracy_record(found.base),
         "from": accuracy_record(found.tuned),
         "gain": found.tuned.accuracy - found.base.accuracy,
-        "gain_interval": list(Bootstrap.draw(len(found.base), seed=seed).difference(after, before)),
+        "gain_interval": list(paired_difference_interval(after, before)),
         "entries": [_entry_record(entry) for entry in found.entries],
     }
 
