@@ -277,6 +277,21 @@ def test_the_other_direction_has_to_bear_a_group_out(results):
     assert "was not measured" in finding(results, GAIN)["text"]
 
 
+def test_a_group_has_to_bring_more_than_the_control_models(results):
+    control = {
+        "gain": 0.0, "gain_interval": [-0.1, 0.1],
+        "entries": [patched("value_fetcher", 0.02, -0.05, 0.1)],
+    }  # fmt: skip
+    results["cmap"]["control_into_base"] = control
+    found = finding(results, GAIN)
+    assert found["answer"] == "yes"
+    assert "control model's heads: A value_fetcher 0.620 [0.550, 0.700]." in found["text"]
+    control["entries"] = [patched("value_fetcher", 0.15, 0.05, 0.25)]
+    found = finding(results, GAIN)
+    assert found["answer"] == "partly"
+    assert "not beyond doubt more than the control model's heads" in found["text"]
+
+
 def test_overlapping_gains_are_not_given_to_one_group(results):
     entries = results["cmap"]["tuned_into_base"]["entries"]
     entries[1] = patched("pos_transmitter", 0.25, 0.15, 0.35)

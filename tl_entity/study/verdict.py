@@ -52,8 +52,9 @@ RULES = (
     f"be more than {1 - AS_GOOD:.0%} of the other's faithfulness. A group carries the kind of "
     "information that brings its target more often than every other kind and than the run with "
     "nothing patched. The gain is put down to a group if it brings more than every other group and "
-    f"at least {MOST_OF_GAIN:g} of the gain, and costs as much when the base model's heads are put "
-    "into the fine-tuned model. Otherwise the answer is partly, or the data can't tell."
+    f"at least {MOST_OF_GAIN:g} of the gain, costs as much when the base model's heads are put "
+    "into the fine-tuned model, and brings more than the control model's heads do, if there is "
+    "one. Otherwise the answer is partly, or the data can't tell."
 )
 """How the answers are come by, for the page that shows them."""
 
@@ -359,6 +360,7 @@ def _same_function(results: Mapping[str, Any]) -> Finding:
 def _what_brings_the_gain(results: Mapping[str, Any]) -> Finding:
     record = results["cmap"]["tuned_into_base"]
     back = results["cmap"].get("base_into_tuned")
+    control = results["cmap"].get("control_into_base")
     figure = "cmap_tuned_into_base"
     groups, whole = _patched(record)
     low, _ = _ends(record["gain_interval"])
@@ -384,6 +386,8 @@ def _what_brings_the_gain(results: Mapping[str, Any]) -> Finding:
         lead = f"{name} brings the most; the other direction was not measured."
     elif _one_group(_patched(back)[0], -1) != named:
         lead = f"{name} brings the most, but the other direction does not bear it out."
+    elif control is not None and not _beyond_control(best, _patched(control)[0]):
+        lead = f"{name} brings the most, but not beyond doubt more than the control model's heads."
     else:
         answer = "yes"
         lead = f"{name} brings the most, and costs the most in the other direction."
@@ -403,6 +407,9 @@ def _what_brings_the_gain(results: Mapping[str, Any]) -> Finding:
             " Right answers of the fine-tuned model with outputs of the base model's heads, and "
             f"the share of the gain that these cost: {'; '.join(costs)}."
         )
+    if control is not None:
+        beside = [f"{group_words(e['group'])} {_share(e)}" for e in _patched(control)[0]]
+        text += f" With outputs of the control model's heads: {'; '.join(beside)}."
     return Finding(GAIN, answer, text, figure, harm)
 
 
@@ -426,6 +433,15 @@ def _one_group(groups: Sequence[Mapping[str, Any]], sign: int) -> str | None:
     if not groups or not _ends(groups[0]["recovered_interval"])[0] >= MOST_OF_GAIN:
         return None
     return groups[0]["group"] if _apart(groups, sign) else None
+
+
+def _beyond_control(best: Mapping[str, Any], control: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a group brings more than the same heads of the control do."""
+    return all(
+        _ends(best["gain_interval"])[0] > _ends(entry["gain_interval"])[1]
+        for entry in control
+        if entry["group"] == best["group"]
+    )
 
 
 def _apart(groups: Sequence[Mapping[str, Any]], sign: int) -> bool:
