@@ -1,6 +1,7 @@
 """The pieces of HTML that the report is made of."""
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 NO_VALUE, MINUS = "&ndash;", "&minus;"
 NONE = '<span class="soft">none</span>'
 
+
+_INTERVAL, _UNBROKEN = re.compile(r"\[([^],[]+), ([^],[]+)\]"), r"[\1,&nbsp;\2]"
+"""No interval is broken over two lines."""
 
 ON_PAPER = """<script>
 const figures = () => [...document.querySelectorAll(".js-plotly-plot")];
@@ -48,7 +52,10 @@ def figure_element(figures: dict[str, go.Figure], name: str, caption: str) -> st
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> str:
     """A table of cells that are HTML already."""
     head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_INTERVAL.sub(_UNBROKEN, cell)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
     title = f"<caption>{caption}</caption>" if caption else ""
     return (
         f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>'
@@ -65,12 +72,6 @@ def share_text(found: dict[str, Any]) -> str:
     """An accuracy with its interval."""
     low, high = found["interval"]
     return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def percent_text(found: dict[str, Any]) -> str:
-    """An accuracy in per cent, with its interval."""
-    low, high = found["interval"]
-    return f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def ratio_text(found: dict[str, Any]) -> str:

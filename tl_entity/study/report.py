@@ -23,7 +23,6 @@ from tl_entity.study.html import (
     figure_element,
     heads_html,
     page,
-    percent_text,
     ratio_text,
     share_text,
     table,
@@ -94,7 +93,7 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
         f'<p class="soft">Prompts of {settings["boxes"]} boxes, such as <q>The apple is in Box E, '
         "the bell is in Box Q. Box Q contains the</q> with the answer <q>bell</q>. "
         "Brackets hold 95 % intervals.</p>"
-        f'<p class="lead">{_lead(whole)}</p>{notes}'
+        f"{_lead(whole)}{notes}"
         f'<nav aria-label="Contents">{links}</nav>'
         + "".join(
             f'<section id="{name}"><h2>{escape(text)}</h2>{html}</section>'
@@ -150,37 +149,32 @@ def _notes(content: dict[str, Any], problem: str | None) -> Iterable[str]:
 
 
 def _lead(content: dict[str, Any]) -> str:
+    """The conclusion, and the few numbers that a reader wants first."""
     models, boxes = content["models"], content["settings"]["boxes"]
-    sentences = []
-    answers = [
-        f"{escape(model['label'])} answers {percent_text(model['accuracy'][str(boxes)])}"
-        for model in models.values()
-    ]
-    sentences.append(f"On {boxes} boxes {' and '.join(answers)} of the prompts right.")
+    header = ["model", f"accuracy, {boxes} boxes"]
+    tested = _has(with_circuit(models), "faithfulness")
+    if tested:
+        header += ["heads in its circuit", "circuit alone", "faithfulness"]
+        header += ["faithfulness of every head at these tokens", "random circuits alone"]
+    rows = []
     for model in models.values():
-        if "faithfulness" not in model:
-            continue
-        found = model["faithfulness"]
-        total = model["n_layers"] * model["n_heads"]
-        control = found["random"]
-        beside = (
-            f"; {len(control['accuracies'])} random circuits of the same sizes answer "
-            f"{control['mean']:.1%} on average"
-            if control["accuracies"]
-            else ""
-        )
-        sentences.append(
-            f"The circuit found in {escape(model['label'])}, {_size(model)} of {total} heads, "
-            f"answers {percent_text(found['circuit'])} with all else ablated: "
-            f"a faithfulness of {ratio_text(found)}{beside}. With every head kept at the circuit's "
-            f"positions, whatever it does, it would be {ratio_text(found['every_head'])}: "
-            "what lies beyond is done at other tokens."
+        row = [escape(model["label"]), share_text(model["accuracy"][str(boxes)])]
+        if "faithfulness" in model:
+            found, total = model["faithfulness"], model["n_layers"] * model["n_heads"]
+            row += [f"{_size(model)} of {total}", share_text(found["circuit"]), ratio_text(found)]
+            row += [ratio_text(found["every_head"])]
+            row += [f"{found['random']['mean']:.3f}" if found["random"]["accuracies"] else NO_VALUE]
+        rows.append(row + [NO_VALUE] * (len(header) - len(row)))
+    html = table(header, rows)
+    if tested:
+        html += (
+            '<p class="soft">Alone: with all other heads ablated, at every token. What every head '
+            "at the circuit's tokens lacks is done at other tokens.</p>"
         )
     if content["verdict"]:
-        sentences.append(
-            f'<a href="#verdict">The verdict</a>: {escape(headline(content["verdict"]))}'
-        )
-    return " ".join(sentences)
+        said = escape(headline(content["verdict"]))
+        html = f'<p class="lead">{said} <a href="#verdict">The verdict</a></p>{html}'
+    return html
 
 
 def _accuracy_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
