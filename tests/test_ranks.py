@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tests.random_models import random_model, random_pairs
-from tl_entity import Head, InputError, evaluate, evaluate_circuits, path_patch
+from tl_entity import (
+    Head,
+    InputError,
+    evaluate,
+    evaluate_circuits,
+    learn_mask,
+    mean_head_outputs,
+    path_patch,
+)
 from tl_entity.ranks import from_first, is_first, n_ranks, process_group, shared_out
 
 CIRCUITS = [{"place": [Head(1, 2)], "last": [Head(2, 0)]}, {"last": [Head(0, 1)]}]
@@ -32,7 +40,18 @@ def results(n_pairs: int) -> dict[str, torch.Tensor]:
         for index, evaluation in enumerate(circuits):
             found[f"{engine} circuit {index}"] = evaluation.answer_log_probability
             found[f"{engine} answers {index}"] = evaluation.predicted
+        found[f"{engine} mask"] = learn_mask(
+            model,
+            pairs,
+            [Head(1, 0), Head(1, 3), Head(2, 2)],
+            position="place",
+            validation=pairs,
+            batch_size=3,
+            epochs=4,
+            engine=engine,
+        ).trajectory
     found["correct"] = evaluate(model, pairs.clean).correct
+    found["means"] = mean_head_outputs(model, pairs.clean, batch_size=2)
     return found
 
 

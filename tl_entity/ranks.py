@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -49,6 +50,37 @@ def is_first() -> bool:
     return n_ranks() == 1 or dist.get_rank() == 0
 
 
+@dataclass(frozen=True)
+class Share:
+    """What this process takes of rows that are shared out.
+
+    Attributes:
+        rows: those it computes.
+        n: how many of them count; a process without a share computes one row, which does not, so
+            that it takes part in what all processes do together.
+        lengths: how many count in each process.
+    """
+
+    rows: slice
+    n: int
+    lengths: tuple[int, ...]
+
+    @property
+    def n_all(self) -> int:
+        """How many rows there are in all."""
+        return sum(self.lengths)
+
+
+def share_of(n_rows: int) -> Share:
+    """This process's share of so many rows; all of them outside a process group."""
+    n = n_ranks()
+    bounds = [n_rows * rank // n for rank in range(n + 1)]
+    lengths = tuple(stop - start for start, stop in pairwise(bounds))
+    rank = dist.get_rank() if n > 1 else 0
+    start, stop = bounds[rank], bounds[rank + 1]
+    return Share(slice(start, stop) if stop > start else slice(0, 1), stop - start, lengths)
+
+
 def shared_out(
     rows: SomeRows, compute: Callable[[SomeRows], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
@@ -58,15 +90,10 @@ def shared_out(
         rows: prompts or pairs, the same in every process.
         compute: gives tensors whose last axis is that of the rows.
     """
-    n = n_ranks()
-    if n == 1:
+    if n_ranks() == 1:
         return compute(rows)
-    bounds = [len(rows) * rank // n for rank in range(n + 1)]
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    start, stop = bounds[dist.get_rank()], bounds[dist.get_rank() + 1]
-    # A process without a share still takes part in the gathering, with a row that is dropped.
-    mine = rows[start:stop] if stop > start else rows[:1]
-    return tuple(_gathered(found, lengths) for found in compute(mine))
+    share = share_of(len(rows))
+    return tuple(gathered(found, share) for found in compute(rows[share.rows]))
 
 
 def from_first(make: Callable[[], Result]) -> Result:
@@ -88,13 +115,26 @@ def from_first(make: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def _gathered(mine: Tensor, lengths: list[int]) -> Tensor:
-    width = max(lengths)
+def summed(mine: Tensor) -> Tensor:
+    """The sum of what all processes have, in each of them."""
+    if n_ranks() == 1:
+        return mine
+    total = mine.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gathered(mine: Tensor, share: Share) -> Tensor:
+    """What all processes found for their shares, one after another along the last axis, in each of
+    them."""
+    if n_ranks() == 1:
+        return mine
+    width = max(share.lengths)
     # Booleans have no place in every backend's collectives.
     sent = mine.to(torch.uint8) if mine.dtype == torch.bool else mine
     padded = sent.new_zeros(*sent.shape[:-1], width)
     padded[..., : sent.shape[-1]] = sent[..., :width]
-    parts = [torch.empty_like(padded) for _ in lengths]
+    parts = [torch.empty_like(padded) for _ in share.lengths]
     dist.all_gather(parts, padded)
-    whole = torch.cat([part[..., :length] for part, length in zip(parts, lengths, strict=True)], -1)
-    return whole.to(mine.dtype)
+    kept = [part[..., :length] for part, length in zip(parts, share.lengths, strict=True)]
+    return torch.cat(kept, -1).to(mine.dtype)

@@ -23,7 +23,7 @@ from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
-from tl_entity.ranks import shared_out
+from tl_entity.ranks import share_of, shared_out, summed
 from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.stats import Bootstrap, Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch, PromptBatch
@@ -202,11 +202,13 @@ def mean_head_outputs(
         hook_point("z", layer): None for layer in range(model.cfg.n_layers)
     }
     sums: dict[str, Tensor] = {}
-    for chunk in tokens.chunks(batch_size):
-        there = chunk.mask[:, :, None, None]
+    share = share_of(len(tokens))
+    for chunk in tokens[share.rows].chunks(batch_size):
+        there = chunk.mask[:, :, None, None] & (share.n > 0)
         for name, z in record(model, chunk, points).items():
             total = (z.to(torch.float64) * there.to(z.device)).sum(0)
             sums[name] = sums[name] + total if name in sums else total
+    sums = {name: summed(total) for name, total in sums.items()}
     counts = tokens.mask.sum(0).clamp(min=1)[:, None, None]
     means = [sums[name].to(counts.device) / counts for name in points]
     return torch.stack(means).to(model.cfg.dtype)

@@ -8,7 +8,7 @@ run to answer what it would with the counterfactual's information, at a price fo
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from tl_entity.methods.masked_forward import (
 )
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
+from tl_entity.ranks import Share, gathered, share_of, summed
 from tl_entity.results import Result
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
@@ -412,13 +413,14 @@ def _train(
         masked.mask.fill_(1)
     optimizer = torch.optim.Adam([masked.mask], lr=settings.lr)
     for _ in range(settings.epochs):
-        for recorded in train:
+        for recorded, share in train:
             masked.clamp_()
             optimizer.zero_grad()
-            loss = _loss(masked, recorded, settings.sparsity)
+            loss = _loss(masked, recorded, share, settings.sparsity)
             loss.backward()
+            masked.mask.grad = summed(cast(Tensor, masked.mask.grad))
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(summed(loss.detach()).item())
             choice.look()
             progress(
                 MaskStep(len(losses), n_steps, losses[-1], len(masked.selected), settings.sparsity)
@@ -437,9 +439,15 @@ def _train(
     )
 
 
-def _loss(masked: MaskedForward, recorded: RecordedPairs, sparsity: float) -> Float[Tensor, ""]:
+def _loss(
+    masked: MaskedForward, recorded: RecordedPairs, share: Share, sparsity: float
+) -> Float[Tensor, ""]:
+    """What this process adds to the loss: the mean target logit of the batch, negative, and the
+    price of the heads."""
     target_logits = masked.run(recorded, masked.mask, tokens=recorded.pairs.targets[:, None])
-    return -target_logits.to(masked.mask.dtype).mean() + sparsity * (1 - masked.mask).sum()
+    mine = target_logits[: share.n].to(masked.mask.dtype).sum()
+    price = sparsity * (1 - masked.mask).sum() / len(share.lengths)
+    return price - mine / share.n_all
 
 
 class _Choice:
@@ -482,10 +490,10 @@ def _evaluate(
     counterfactual."""
     mask = masked.mask.new_tensor([float(head not in taken) for head in masked.candidates])
     predicted, log_probabilities = [], []
-    for recorded in recordings:
+    for recorded, share in recordings:
         logits = masked.run(recorded, mask)
-        predicted.append(logits.argmax(-1))
-        log_probabilities.append(log_probability(logits, recorded.pairs.targets))
+        predicted.append(gathered(logits.argmax(-1), share))
+        log_probabilities.append(gathered(log_probability(logits, recorded.pairs.targets), share))
     answered = torch.cat(predicted)
     targets = recordings.pairs.targets.to(answered.device)
     return Evaluation(answered, answered == targets, torch.cat(log_probabilities))
@@ -506,8 +514,8 @@ class _Budget:
 
 
 class _Recordings:
-    """Pairs in batches, each recorded once and kept while the memory lasts; batches that don't fit
-    are recorded anew whenever they come."""
+    """This process's share of pairs in batches, each recorded once and kept while the memory lasts;
+    batches that don't fit are recorded anew whenever they come."""
 
     def __init__(
         self, masked: MaskedForward, pairs: PairBatch, batch_size: int, budget: _Budget
@@ -529,14 +537,15 @@ class _Recordings:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __iter__(self) -> Iterator[RecordedPairs]:
+    def __iter__(self) -> Iterator[tuple[RecordedPairs, Share]]:
         for i, batch in enumerate(self.pairs.chunks(self._batch_size)):
+            share = share_of(len(batch))
             recorded = self._kept.get(i)
             if recorded is None:
-                recorded = self._masked.record(batch)
+                recorded = self._masked.record(batch[share.rows])
                 if self._budget.take(_bytes_of(recorded)):
                     self._kept[i] = recorded
-            yield recorded
+            yield recorded, share
 
 
 def _bytes_of(held: Any) -> int:
