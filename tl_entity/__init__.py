@@ -7,6 +7,8 @@ Every name below is imported on first use, so that `import tl_entity` stays quic
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tl_entity.versions import check_transformer_lens
+
 if TYPE_CHECKING:
     from tl_entity.errors import InputError as InputError
     from tl_entity.heads import Circuit as Circuit
@@ -122,6 +124,7 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        check_transformer_lens()
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -2,8 +2,13 @@
 
 from typing import TypeAlias
 
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
+from tl_entity.versions import check_transformer_lens
+
+# Before anything imports from it a name that is not there.
+check_transformer_lens()
+
+from transformer_lens import HookedTransformer  # noqa: E402
+from transformer_lens.model_bridge import TransformerBridge  # noqa: E402
 
 Model: TypeAlias = HookedTransformer | TransformerBridge
 """A model with TransformerLens's hook points. A TransformerBridge must be in compatibility mode, as

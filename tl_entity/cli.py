@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tl_entity.errors import InputError
+from tl_entity.versions import check_transformer_lens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why, or has shown its help
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
+        if options.command != "models":  # which needs nothing of it
+            check_transformer_lens()
         options.run(options)
     except InputError as error:
         return _complain(str(error), BAD_INPUT)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.random_models import random_model, random_pairs, random_prompts
-from tl_entity import Head, InputError
+from tl_entity import Head, InputError, evaluate, path_patch
 from tl_entity.hooks import (
     ablate_heads,
     answer_logits,
@@ -76,3 +76,12 @@ def test_knocking_out_a_head_that_no_model_has_names_it() -> None:
 def test_negative_heads_are_refused() -> None:
     with pytest.raises(InputError):
         patch_heads(CORRUPT, {"last": [Head(0, -1)]}, into=PAIRS.clean, source=PAIRS.corrupt)
+
+
+def test_prompts_longer_than_the_model_takes() -> None:
+    model, prompts = random_model(n_ctx=8), random_prompts(2, 9)
+    assert prompts.tokens.shape[1] > 8
+    with pytest.raises(InputError, match="tokens, and the model takes 8"):
+        evaluate(model, prompts)
+    with pytest.raises(InputError, match="tokens, and the model takes 8"):
+        path_patch(model, random_pairs(2))

@@ -102,6 +102,20 @@ def test_trained_biases(bias: str, tmp_path: Path) -> None:
     agrees(load_model(base, adapter=tmp_path / "adapter", device="cpu"), expected)
 
 
+def test_trained_biases_of_a_base_without_any(tmp_path: Path) -> None:
+    adapt(save(llama(attention_bias=True), tmp_path / "biased"), tmp_path / "adapter", bias="all")
+    plain = save(llama(), tmp_path / "plain")
+    refused(plain, tmp_path / "adapter", "another base", ".bias")
+    # A HookedTransformer has biases of zero there, which are not the checkpoint's.
+    with pytest.raises(InputError, match=r"another base.*\.bias"):
+        with_adapter(load_model(plain, device="cpu"), tmp_path / "adapter")
+
+
+def test_dora_of_an_embedding(base: Path, tmp_path: Path) -> None:
+    adapt(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "embed_tokens"])
+    refused(base, tmp_path / "adapter", "DoRA on model.embed_tokens", "merge the adapter")
+
+
 def test_pickled_adapter(base: Path, tmp_path: Path) -> None:
     expected = adapt(base, tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)

@@ -38,7 +38,10 @@ CHECKPOINTS = {
     "attention biases": lambda: llama(attention_bias=True),
     "attention biases, grouped": lambda: llama(attention_bias=True, num_key_value_heads=2),
     "eps": lambda: llama(rms_norm_eps=1e-2),
-    "gelu": lambda: llama(hidden_act="gelu"),
+    **{
+        act: lambda act=act: llama(hidden_act=act)
+        for act in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "swish")
+    },
     "mistral": lambda: mistral(num_key_value_heads=2),
     "mistral with a window": lambda: mistral(num_key_value_heads=2, sliding_window=16),
     "qwen2": qwen2,

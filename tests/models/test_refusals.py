@@ -78,7 +78,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
         ({"mlp_bias": True}, "gate_proj"),
         ({"rope_parameters": DYNAMIC}, "dynamic"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
-        ({"hidden_act": "relu"}, "relu"),
+        ({"hidden_act": "relu2"}, "relu2"),
         ({"model_type": "mixtral"}, "experts"),
         ({"model_type": "gemma2"}, "capped"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
@@ -106,7 +106,7 @@ def test_what_cannot_be_represented(folder: Path, changes: dict, word: str) -> N
 def test_window_that_makes_no_sense(tmp_path: Path, changes: dict) -> None:
     folder = save(mistral(sliding_window=16), tmp_path)
     change_config(folder, **changes)
-    refused(folder, "config.json", *changes)
+    refused(folder, str(folder), *changes)
 
 
 def test_truncated_weights(folder: Path) -> None:
@@ -256,6 +256,25 @@ def test_unknown_dtype(folder: Path, dtype: str | torch.dtype) -> None:
 @pytest.mark.parametrize("device", ["nonsense", "meta:x"])
 def test_unknown_device(folder: Path, device: str) -> None:
     refused(folder, device, device=device)
+
+
+def test_device_without_numbers(folder: Path) -> None:
+    refused(folder, "meta", device="meta")
+    refused(folder, "meta", device="meta", backend="bridge")
+
+
+def test_revision_of_a_folder(folder: Path) -> None:
+    refused(folder, str(folder), "'v2'", "hub id", revision="v2")
+
+
+def test_more_positions_than_tables_hold(folder: Path) -> None:
+    change_config(folder, max_position_embeddings=10**12)
+    refused(folder, str(folder), "max_position_embeddings", str(10**12))
+
+
+def test_more_layers_than_there_can_be(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=10**6)
+    refused(folder, str(folder), "num_hidden_layers", str(10**6))
 
 
 @pytest.mark.parametrize("n_devices", [0, 2])

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tl_entity.cli import main
 from tl_entity.errors import InputError
 from tl_entity.models import registry
-from tl_entity.models.versions import check_transformer_lens
+from tl_entity.versions import check_transformer_lens
 
 
 def test_names_need_no_torch() -> None:

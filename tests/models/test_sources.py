@@ -98,6 +98,15 @@ def test_pickles_of_other_things(folder: Path, content: object) -> None:
     refused(file.parent, str(file), "other things than tensors")
 
 
+@pytest.mark.parametrize(
+    "odd", [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.ones(3, device="meta")]
+)
+def test_pickles_of_odd_tensors(folder: Path, odd: torch.Tensor) -> None:
+    file = pickled(folder) / "pytorch_model.bin"
+    torch.save({"lm_head.weight": odd}, file)
+    refused(file.parent, str(file), "lm_head.weight", "no plain tensor")
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_damaged_pickles(folder: Path, old: bool) -> None:
     file = pickled(folder, old=old) / "pytorch_model.bin"

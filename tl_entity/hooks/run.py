@@ -137,6 +137,11 @@ def _forward(
     hooks: list[tuple[str, HookFunction]],
     stop_at_layer: int | None = None,
 ) -> Tensor:
+    length = prompts.tokens.shape[1]
+    if length > model.cfg.n_ctx:
+        raise InputError(
+            f"The prompts have up to {length} tokens, and the model takes {model.cfg.n_ctx}."
+        )
     # Given always: without one, TransformerLens guesses a mask from the pad token of tokenizers
     # that pad on the left.
     mask = prompts.mask.long()

@@ -289,7 +289,12 @@ def read_configuration(
         checkpoint = gguf_checkpoint(local)
     else:
         checkpoint = folder_checkpoint(find_folder(name_or_path, TOKENIZER_FILES))
-    cfg = hooked_config(checkpoint.config, dtype=DTYPES[dtype], device=usable_device(device, 1))
+    cfg = hooked_config(
+        checkpoint.config,
+        dtype=DTYPES[dtype],
+        device=usable_device(device, 1),
+        place=checkpoint.place,
+    )
     return cfg, checkpoint.tokenizer()
 
 

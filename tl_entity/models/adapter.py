@@ -296,7 +296,12 @@ def _low_rank(file: Path, key: str, parts: dict[str, Tensor], config: dict[str, 
             f"{file} {there} a magnitude vector for {module}, and adapter_config.json says "
             f"use_dora {bool(config.get('use_dora'))}."
         )
-    if magnitude is not None and (is_embedding or magnitude.shape != (len(b),)):
+    if magnitude is not None and is_embedding:
+        raise InputError(
+            f"{file} has DoRA on {module}, an embedding, which is not supported; merge the adapter "
+            "with peft and give the merged folder."
+        )
+    if magnitude is not None and magnitude.shape != (len(b),):
         raise InputError(f"{file}: the magnitude vector for {module} does not fit its factors.")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return LowRank(a, b, scale, magnitude, is_embedding)

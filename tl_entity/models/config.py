@@ -13,6 +13,20 @@ from tl_entity.errors import InputError
 ARCHITECTURES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
 """The `model_type`s that HookedTransformer represents exactly."""
 
+ACTIVATIONS: dict[str, str] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""What transformers calls an activation, and what TransformerLens calls it."""
+
+MOST, MOST_LAYERS = 2**24, 2**12
+"""No checkpoint has larger sizes, or more layers, and to make room for them would take all memory;
+with so many positions the rotary tables are gigabytes."""
+
 _OBSTACLES = {
     "cohere": "its attention and MLP run in parallel",
     "deepseek_v3": "its attention has latent vectors and its MLPs are experts",
@@ -34,29 +48,30 @@ _OBSTACLES = {
 
 @checked
 def hooked_config(
-    config: PretrainedConfig, *, dtype: torch.dtype, device: str
+    config: PretrainedConfig, *, dtype: torch.dtype, device: str, place: str = "The checkpoint"
 ) -> HookedTransformerConfig:
     """The HookedTransformer configuration that computes what this Hugging Face model computes.
 
     Nothing is assumed from the model's name: every size and constant is read. `n_ctx` is the
     checkpoint's own `max_position_embeddings`; the rotary tables are all that grows with it.
+    `place` names the checkpoint in messages.
 
     Raises:
         InputError: if the architecture, or a feature of it, cannot be represented exactly.
     """
     _refuse_what_differs(config)
-    _refuse_what_is_no_size(config)
-    _refuse_what_is_no_constant(config)
-    window, attention_kinds = _windows(config)
+    _refuse_what_is_no_size(config, place)
+    _refuse_what_is_no_constant(config, place)
+    window, attention_kinds = _windows(config, place)
     n_heads = config.num_attention_heads
     n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     if n_heads % n_kv_heads:
         raise InputError(
-            f"config.json has {n_heads} heads that can't share {n_kv_heads} key-value heads evenly."
+            f"{place} has {n_heads} heads that can't share {n_kv_heads} key-value heads evenly."
         )
     if d_head % 2:
-        raise InputError(f"config.json has heads of odd size {d_head}, which can't be rotated.")
+        raise InputError(f"{place} has heads of odd size {d_head}, which can't be rotated.")
     return HookedTransformerConfig(
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -67,7 +82,7 @@ def hooked_config(
         d_vocab=config.vocab_size,
         n_ctx=config.max_position_embeddings,
         eps=config.rms_norm_eps,
-        act_fn=config.hidden_act,
+        act_fn=ACTIVATIONS[config.hidden_act],
         normalization_type="RMS",
         final_rms=True,
         gated_mlp=True,
@@ -86,7 +101,7 @@ def hooked_config(
         tokenizer_prepends_bos=False,
         dtype=dtype,
         device=device,
-        **_rope(config),
+        **_rope(config, place),
     )
 
 
@@ -111,7 +126,7 @@ def _refuse_what_differs(config: PretrainedConfig) -> None:
     rotated = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0)
     reasons = {
         "its MLP has biases on gate_proj and up_proj": bool(getattr(config, "mlp_bias", False)),
-        f"its activation is {config.hidden_act!r}": config.hidden_act not in ("silu", "gelu"),
+        f"its activation is {config.hidden_act!r}": config.hidden_act not in ACTIVATIONS,
         "its weights are quantised": getattr(config, "quantization_config", None) is not None,
         "only a part of each head is rotated": rotated not in (None, 1.0),
     }
@@ -120,7 +135,7 @@ def _refuse_what_differs(config: PretrainedConfig) -> None:
             raise InputError(f"HookedTransformer can't represent this checkpoint: {reason}.")
 
 
-def _refuse_what_is_no_size(config: PretrainedConfig) -> None:
+def _refuse_what_is_no_size(config: PretrainedConfig, place: str) -> None:
     for name in (
         "num_hidden_layers",
         "hidden_size",
@@ -137,16 +152,19 @@ def _refuse_what_is_no_size(config: PretrainedConfig) -> None:
         if size is None and optional:
             continue
         if not isinstance(size, int) or size < 1:
-            raise InputError(f"config.json has {name} {size!r}; it must be a positive number.")
+            raise InputError(f"{place} has {name} {size!r}; it must be a positive number.")
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if size > most:
+            raise InputError(f"{place} has {name} {size}; no more than {most} are taken.")
 
 
-def _refuse_what_is_no_constant(config: PretrainedConfig) -> None:
+def _refuse_what_is_no_constant(config: PretrainedConfig, place: str) -> None:
     eps = config.rms_norm_eps
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < 1:
-        raise InputError(f"config.json has rms_norm_eps {eps!r}; it must be a small number.")
+        raise InputError(f"{place} has rms_norm_eps {eps!r}; it must be a small number.")
 
 
-def _windows(config: PretrainedConfig) -> tuple[int | None, list[str] | None]:
+def _windows(config: PretrainedConfig, place: str) -> tuple[int | None, list[str] | None]:
     """How many keys a query sees at most, and which layers ("local") that holds for."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -158,22 +176,20 @@ def _windows(config: PretrainedConfig) -> tuple[int | None, list[str] | None]:
     if window is None:
         if any(kind != "full_attention" for kind in kinds or ()):
             raise InputError(
-                "config.json has layers that attend to a window, but no size of the window."
+                f"{place} has layers that attend to a window, but no size of the window."
             )
         return None, None
     if not isinstance(window, int) or window < 1:
-        raise InputError(
-            f"config.json has sliding_window {window!r}; it must be a positive number."
-        )
+        raise InputError(f"{place} has sliding_window {window!r}; it must be a positive number.")
     if kinds is None:
         return window, ["local"] * config.num_hidden_layers
     names = {"full_attention": "global", "sliding_attention": "local"}
     unknown = [kind for kind in kinds if kind not in names]
     if unknown:
-        raise InputError(f"config.json has layers of the unknown kind {unknown[0]!r}.")
+        raise InputError(f"{place} has layers of the unknown kind {unknown[0]!r}.")
     if len(kinds) != config.num_hidden_layers:
         raise InputError(
-            f"config.json has {len(kinds)} layer_types for {config.num_hidden_layers} layers."
+            f"{place} has {len(kinds)} layer_types for {config.num_hidden_layers} layers."
         )
     local = [names[kind] for kind in kinds]
     return (window, local) if "local" in local else (None, None)
@@ -187,7 +203,7 @@ def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     return rope
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
+def _rope(config: PretrainedConfig, place: str) -> dict[str, Any]:
     """The rotary embedding as fields of HookedTransformerConfig."""
     rope = _rope_parameters(config)
     for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
@@ -197,7 +213,7 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
             continue
         if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
             raise InputError(
-                f"The rotary embedding in config.json has {name} {given!r}; it must be a positive "
+                f"The rotary embedding of {place} has {name} {given!r}; it must be a positive "
                 "number."
             )
     try:
@@ -232,7 +248,7 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
             case _:
                 pass
     except KeyError as error:
-        raise InputError(f"The rotary embedding in config.json lacks {error}.") from None
+        raise InputError(f"The rotary embedding of {place} lacks {error}.") from None
     raise InputError(
         f"The checkpoint's rotary embedding is of type {rope['rope_type']!r}; "
         "those supported are default, linear, llama3 and yarn."

@@ -115,6 +115,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise InputError(f"{file} holds other things than tensors by name.")
+    for key, value in content.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise InputError(f"{file}: {key} is no plain tensor with its numbers in the file.")
     return content
 
 

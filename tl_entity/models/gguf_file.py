@@ -182,6 +182,8 @@ def _config(header: _Header) -> PretrainedConfig:
     if not isinstance(heads, int) or heads < 1:
         raise InputError(f"{file} has attention.head_count {heads!r}; it must be one number.")
     width = header.need("embedding_length")
+    if not isinstance(width, int) or width < 1:
+        raise InputError(f"{file} has embedding_length {width!r}; it must be a number.")
     d_head = header.get("attention.key_length", width // heads)
     if header.get("attention.value_length", d_head) != d_head:
         raise InputError(f"{file} can't be represented: values are of another size than keys.")

@@ -60,6 +60,11 @@ def find_folder(
     if local is not None:
         if not local.is_dir():
             raise InputError(f"{local} is a file; give the checkpoint's folder.")
+        if revision is not None:
+            raise InputError(
+                f"{local} is a folder here, of which there are no revisions; leave out "
+                f"{revision!r}, or give a hub id."
+            )
         return local
     model = registered(name_or_path)
     name = str(name_or_path) if model is None or model.hub_id is None else model.hub_id

@@ -141,7 +141,7 @@ def load_model(
         )
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer, **access)
-    cfg = hooked_config(checkpoint.config, dtype=number, device=place)
+    cfg = hooked_config(checkpoint.config, dtype=number, device=place, place=checkpoint.place)
     cfg.n_devices = n_devices
     own = tokenizer or checkpoint.tokenizer()
     if own is not None:
@@ -269,6 +269,8 @@ def usable_device(device: str | torch.device | None, n_devices: int) -> str:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type == "meta":
+            raise InputError("The device 'meta' holds no numbers; give one that does.")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"The device {str(device)!r} can't be used: {reason(error)}") from None

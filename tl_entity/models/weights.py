@@ -149,9 +149,12 @@ def install_weights(
 
 def share_weights(model: HookedTransformer, source: HookedTransformer, adapter: Adapter) -> None:
     """Give a model on the meta device the parameters of another, those that an adapter changes
-    merged with it and all others shared."""
+    merged with it and all others shared.
+
+    Raises:
+        InputError: if the adapter belongs to another base.
+    """
     cfg = source.cfg
-    # Any bias may be an adapter's target; those that the checkpoint has not are zeros.
     places = {name: (key, layout) for key, (name, layout) in _places(cfg, None).items()}
     for name, parameter in source.named_parameters():
         key, layout = places.get(name, ("", AS_IS))
@@ -160,7 +163,13 @@ def share_weights(model: HookedTransformer, source: HookedTransformer, adapter: 
             continue
         tensor = layout.to_checkpoint(parameter.detach())
         _install(model, name, layout.to_hooked(adapter.applied(key, tensor), cfg))
-    adapter.check_used({key for key, _ in places.values()}, "the model")
+    # Where the checkpoint has no bias, TransformerLens has zeros.
+    there = {
+        key
+        for name, (key, _) in places.items()
+        if not key.endswith(".bias") or bool(source.get_parameter(name).any())
+    }
+    adapter.check_used(there, "the model")
 
 
 def _places(
