@@ -2,9 +2,9 @@
 
 Takes the circuits and masks that `tl-entity reproduce` found, and measures on new prompts: the
 accuracy of the models, of their circuits and of larger ones, which group's outputs bring the gain
-(CMAP, both ways, beside random heads of the same layers), what the groups carry, where information
-passes (attention knockout), and how the gain comes along the checkpoints of the fine-tune. Steps
-are kept in the folder, so that the same command goes on where it was stopped.
+(CMAP, both ways, beside random heads of the same layers), what the groups carry, and how the gain
+comes along the checkpoints of the fine-tune. Steps are kept in the folder, so that the same command
+goes on where it was stopped.
 
 python docs/studies/more.py RESULTS MODEL ADAPTER --out more [--checkpoints FINETUNE]
 """
@@ -32,8 +32,6 @@ from tl_entity import (
 )
 from tl_entity.methods.activation_patching import carries
 from tl_entity.methods.cmap import cmap_by_group, cmap_each
-from tl_entity.methods.knockout import knockout_curve
-from tl_entity.study.flow import KNOCKOUTS
 from tl_entity.study.information import selected_circuit
 from tl_entity.study.store import Outcome, Record, Store, fingerprint, to_json
 from tl_entity.tasks.desiderata import MAIN_DESIDERATA, desideratum_draws
@@ -59,7 +57,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=100, help="to see what the groups carry")
     parser.add_argument("--checkpoint-prompts", type=int, default=100)
-    parser.add_argument("--control-prompts", type=int, default=100, help="for all else")
+    parser.add_argument(
+        "--control-prompts",
+        type=int,
+        default=100,
+        help="for CMAP into the fine-tune and of random heads",
+    )
     parser.add_argument("--boxes", type=int, default=7)
     parser.add_argument("--seed", type=int, default=300)
     parser.add_argument("--out", type=Path, required=True)
@@ -108,11 +111,6 @@ def main() -> None:
     content["cmap_random"] = store.step(
         "cmap_random", {**some, "draws": DRAWS}, functools.partial(random_transfer, *given)
     )[0]
-    content["knockout"] = {}
-    for role, model in models.items():
-        content["knockout"][role] = store.step(
-            f"knockout_{role}", some, functools.partial(flow, model, options)
-        )[0]
     if options.checkpoints is not None:
         content["checkpoints"] = {}
         for folder in sorted(options.checkpoints.glob("step-*")):
@@ -245,34 +243,6 @@ def random_transfer(
             {"group": name, "found": of_found, "random": of_random, "every_head": of_every}
         )
     return {"entries": entries}, {}
-
-
-def flow(model: HookedTransformer, options: Any) -> Outcome:
-    """Accuracy with attention between two tokens knocked out, from each layer up."""
-    prompts = box_prompts(
-        model.tokenizer, options.control_prompts, n_boxes=options.boxes, seed=options.seed
-    )
-    curves = []
-    for from_position, to_position in KNOCKOUTS:
-        curve = knockout_curve(
-            model,
-            prompts,
-            from_position=from_position,
-            to_position=to_position,
-            random_draws=1,
-            seed=options.seed + 6,
-            batch_size=BATCH,
-        )
-        curves.append(
-            {
-                "from": from_position,
-                "to": to_position,
-                "whole": accuracy(curve.whole),
-                "layers": [accuracy(evaluation) for evaluation in curve.evaluations],
-                "control": curve.control_accuracy[0].tolist(),
-            }
-        )
-    return {"curves": curves}, {}
 
 
 def carried(model: HookedTransformer, circuit: Circuit, masks: Record, options: Any) -> Outcome:

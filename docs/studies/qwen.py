@@ -169,19 +169,38 @@ def ablations() -> str:
     rows = []
     for role, label in LABELS.items():
         found = load(f"ablation_{role}")
-        others = [entry["accuracy"] for entry in found["without_random"]]
         rows.append(
             [
                 label,
                 str(found["heads"]),
                 with_interval(found["whole"]),
                 with_interval(found["without_circuit"]),
-                share(sum(others) / len(others)),
-                f"{share(min(others))} to {share(max(others))}",
+                mean_and_range(found["without_random_of_the_same_layers"]),
+                mean_and_range(found["without_random"]),
             ]
         )
-    header = ["model", "heads", "whole", "without the circuit", "without random heads", "range"]
-    return table(header, rows)
+    header = ["model", "heads", "whole", "without the circuit", "without others of its layers"]
+    return table([*header, "without any others"], rows)
+
+
+def mean_and_range(entries: list[Any]) -> str:
+    """`.50 (.37 to .60)`."""
+    found = [entry["accuracy"] for entry in entries]
+    return f"{share(sum(found) / len(found))} ({share(min(found))} to {share(max(found))})"
+
+
+def random_heads(record: Any) -> str:
+    """CMAP of the heads found, of others of the same layers, and of every head."""
+    rows = [
+        [
+            GROUPS.get(entry["group"], entry["group"]),
+            with_interval(entry["found"]),
+            mean_and_range(entry["random"]),
+            with_interval(entry["every_head"]),
+        ]
+        for entry in record["entries"]
+    ]
+    return table(["outputs of", "found", "others of these layers", "every head at the token"], rows)
 
 
 def faithfulness(models: Any) -> str:
@@ -338,6 +357,9 @@ def page() -> str:
         into_base=transfer(content["cmap"]["tuned_into_base"]),
         into_tuned=transfer(content["cmap"]["base_into_tuned"]),
         flow=flow(models),
+        control_prompts=more["control_prompts"],
+        into_tuned_more=transfer(more["cmap_base_into_tuned"]),
+        random_heads=random_heads(more["cmap_random"]),
         cost=cost(),
         finetunes=finetunes(),
         more_prompts=more["prompts"],
@@ -360,6 +382,11 @@ def page() -> str:
         base_every=with_interval(more["alone"]["base"]["every_head"], "faithfulness"),
         tuned_every=with_interval(more["alone"]["tuned"]["every_head"], "faithfulness"),
         **brought(more["cmap"]),
+        **{
+            f"share_back_{e['group'].replace(' ', '_')}": with_interval(e, "recovered")
+            for e in more["cmap_base_into_tuned"]["entries"]
+            if e["patch"] == "output"
+        },
     )
 
 
