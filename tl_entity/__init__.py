@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from tl_entity.heads import Circuit as Circuit
     from tl_entity.heads import Group as Group
     from tl_entity.heads import Head as Head
+    from tl_entity.hooks.ablations import Ablation as Ablation
+    from tl_entity.methods.ablations import index_ablation as index_ablation
+    from tl_entity.methods.ablations import mean_head_outputs as mean_head_outputs
+    from tl_entity.methods.ablations import pooled_ablation as pooled_ablation
+    from tl_entity.methods.ablations import resample_ablation as resample_ablation
+    from tl_entity.methods.ablations import zero_ablation as zero_ablation
     from tl_entity.methods.activation_patching import activation_patch as activation_patch
     from tl_entity.methods.activation_patching import activation_patch_each as activation_patch_each
     from tl_entity.methods.activation_patching import carries as carries
@@ -24,7 +30,6 @@ if TYPE_CHECKING:
     from tl_entity.methods.circuits import evaluate as evaluate
     from tl_entity.methods.circuits import evaluate_circuits as evaluate_circuits
     from tl_entity.methods.circuits import evaluate_removals as evaluate_removals
-    from tl_entity.methods.circuits import mean_head_outputs as mean_head_outputs
     from tl_entity.methods.circuits import random_circuits as random_circuits
     from tl_entity.methods.cmap import cmap as cmap
     from tl_entity.methods.cmap import cmap_by_group as cmap_by_group
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Ablation": "hooks.ablations",
     "activation_patch": "methods.activation_patching",
     "activation_patch_each": "methods.activation_patching",
     "attention_over_prompt": "methods.attention",
@@ -93,6 +99,7 @@ _HOME = {
     "Head": "heads",
     "HeadMask": "methods.dcm",
     "HeadScores": "methods.path_patching",
+    "index_ablation": "methods.ablations",
     "InputError": "errors",
     "knock_out_attention": "methods.knockout",
     "knockout_curve": "methods.knockout",
@@ -105,17 +112,20 @@ _HOME = {
     "marked_pairs": "tasks.own",
     "marked_prompts": "tasks.own",
     "MaskedForward": "methods.masked_forward",
-    "mean_head_outputs": "methods.circuits",
+    "mean_head_outputs": "methods.ablations",
     "Metric": "metrics",
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
+    "pooled_ablation": "methods.ablations",
     "PromptBatch": "tasks.batches",
     "random_circuits": "methods.circuits",
+    "resample_ablation": "methods.ablations",
     "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",
+    "zero_ablation": "methods.ablations",
 }
 """The module in which each public name is defined."""
 

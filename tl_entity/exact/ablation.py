@@ -26,7 +26,7 @@ from tl_entity.exact.blocks import (
 )
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
-from tl_entity.hooks.edits import check_ablation_values
+from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.points import kv_head
 from tl_entity.hooks.run import embed
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
@@ -39,7 +39,8 @@ class AblatedRun:
     Attributes:
         model: the model.
         prompts: the prompts.
-        values: what ablated heads put out.
+        outputs: what ablated heads put out, by row.
+        rows: which of these rows each token takes.
         resid_pre: the residual stream of every token ahead of each layer, in this run, where the
             layer's weights are.
         resid_post: the final residual stream at the answer's token, in this run.
@@ -47,7 +48,8 @@ class AblatedRun:
 
     model: Model
     prompts: PromptBatch
-    values: Float[Tensor, "layer pos head d_head"]
+    outputs: Float[Tensor, "layer row head d_head"]
+    rows: Int[Tensor, "batch pos"]
     resid_pre: tuple[Float[Tensor, "batch pos d_model"], ...]
     resid_post: Float[Tensor, "batch d_model"]
 
@@ -58,33 +60,37 @@ class AblatedRun:
         cls,
         model: Model,
         prompts: PromptBatch,
-        values: Float[Tensor, "layer pos head d_head"],
+        values: Ablation | Float[Tensor, "layer pos head d_head"],
     ) -> "AblatedRun":
-        """Run the prompts with every head's `hook_z` at its given value; no attention is computed.
+        """Run the prompts with every head ablated; no attention is computed.
 
         Raises:
-            InputError: if the exact engine does not fit the model, the prompts are padded on the
-                left, or longer than the values.
+            InputError: if the exact engine does not fit the model, or the ablation does not fit the
+                model or the prompts.
         """
         check_supported(model)
-        check_ablation_values(values, prompts)
-        n_layers = model.cfg.n_layers
-        n_pos = prompts.tokens.shape[1]
+        ablation = Ablation.of(values).of_model(model.cfg)
+        outputs = ablation.outputs
+        assert outputs is not None
+        rows = ablation.rows(prompts)
         resid = embed(model, prompts)
         ahead = []
-        for layer in range(n_layers):
+        for layer in range(model.cfg.n_layers):
             resid = resid.to(device_of(model, layer))
             ahead.append(resid)
-            written = _written(model, layer, values[layer, :n_pos])
-            resid = add_mlp(model, layer, resid + written)
-        rows = torch.arange(len(prompts), device=resid.device)
+            resid = add_mlp(model, layer, resid + _written(model, layer, outputs[layer], rows))
+        every = torch.arange(len(prompts), device=resid.device)
         last = prompts.position(ANSWER_POSITION).to(resid.device)
-        return cls(model, prompts, values, tuple(ahead), resid[rows, last])
+        return cls(model, prompts, outputs, rows, tuple(ahead), resid[every, last])
 
     @checked
     @torch.no_grad()
     def answer_resid_each(
-        self, circuits: Sequence[Circuit | HeadsAt], *, memory: int | None = None
+        self,
+        circuits: Sequence[Circuit | HeadsAt],
+        *,
+        removed: Sequence[Circuit | HeadsAt | None] | None = None,
+        memory: int | None = None,
     ) -> Float[Tensor, "circuit batch d_model"]:
         """The final residual stream at each prompt's `"last"` token with only a circuit's heads
         left, for each circuit; `tl_entity.exact.blocks.unembed` gives its logits.
@@ -94,22 +100,25 @@ class AblatedRun:
 
         Args:
             circuits: heads kept, by named position.
+            removed: for each circuit heads that are ablated all the same, at their tokens, by
+                whatever name they are kept there.
             memory: bytes that intermediate results may take; found from the device if left out.
 
         Raises:
             InputError: if the prompts lack a position.
         """
         memory = memory_budget(self.model.cfg.device) if memory is None else memory
+        gone = [None] * len(circuits) if removed is None else removed
         kept = [
-            {position: heads for position, heads in heads_by_position(circuit).items() if heads}
-            for circuit in circuits
+            _Kept(_there(circuit), _there(heads))
+            for circuit, heads in zip(circuits, gone, strict=True)
         ]
-        order = sorted(range(len(kept)), key=lambda index: _lowest(kept[index]))
-        order = [index for index in order if kept[index]]
+        order = sorted(range(len(kept)), key=lambda index: kept[index].lowest)
+        order = [index for index in order if kept[index].heads]
         resid = self.resid_post.expand(len(kept), -1, -1).clone()
-        names = tuple(dict.fromkeys(name for heads in kept for name in heads))
-        if names:
-            tokens = _Tokens.of(self.prompts, names)
+        names = dict.fromkeys(name for some in kept for name in (*some.heads, *some.removed))
+        if order:
+            tokens = _Tokens.of(self.prompts, tuple(names))
 
             def compute(chosen: list[int]) -> Tensor:
                 return self._recompute(tokens, [kept[index] for index in chosen])
@@ -120,12 +129,12 @@ class AblatedRun:
         return resid
 
     def _recompute(
-        self, tokens: "_Tokens", kept: Sequence[Mapping[str, Sequence[Head]]]
+        self, tokens: "_Tokens", kept: Sequence["_Kept"]
     ) -> Float[Tensor, "circuit batch d_model"]:
         """The final residual stream; circuits in order of their lowest head."""
         model = self.model
-        begins = [_lowest(heads) for heads in kept]
-        top = max(head.layer for heads in kept for some in heads.values() for head in some)
+        begins = [some.lowest for some in kept]
+        top = max(some.highest for some in kept)
         rows = None
         for layer in range(begins[0], model.cfg.n_layers):
             tokens = tokens.to(device_of(model, layer))
@@ -139,14 +148,13 @@ class AblatedRun:
             assert rows is not None
             if layer <= top:
                 mid = rows + self._written_at(tokens, layer)
-                heads = sorted({h.head for some in kept for h in _in_layer(some, layer)})
+                heads = sorted({index for some in kept for index in some.in_layer(layer)})
                 if heads:
                     mid = mid + self._kept_heads(tokens, layer, rows, kept[:here], heads)
                 # Above the last kept head nothing is read from any token but the answer's.
                 rows = mid[:, :, tokens.answer] if layer == top else mid
             else:
-                answers = tokens.index[:, tokens.answer]
-                rows = rows + _written(model, layer, self.values[layer])[answers]
+                rows = rows + self._written_at(tokens, layer)[:, tokens.answer]
             rows = add_mlp(model, layer, rows)
         assert rows is not None
         return rows[:, :, 0]
@@ -156,7 +164,7 @@ class AblatedRun:
         tokens: "_Tokens",
         layer: int,
         resid_pre: Float[Tensor, "circuit batch token d_model"],
-        kept: Sequence[Mapping[str, Sequence[Head]]],
+        kept: Sequence["_Kept"],
         heads: list[int],
     ) -> Float[Tensor, "circuit batch token d_model"]:
         """What the layer's kept heads write more than their ablation values do."""
@@ -174,21 +182,23 @@ class AblatedRun:
 
         normalized = block.ln1(resid_pre.flatten(0, 1)).view(resid_pre.shape)
         q = project(model, layer, "q", normalized, heads)
-        everywhere = torch.arange(self.prompts.tokens.shape[1], device=q.device)
         z = attend(
-            rotate(model, layer, q, tokens.index),
-            keys_and_values(self.resid_pre[layer], everywhere.expand(len(self.prompts), -1)),
+            rotate(model, layer, q, tokens.rotary),
+            keys_and_values(self.resid_pre[layer], _rotary(self.prompts)),
             tokens.sees_ablated,
-            keys_and_values(resid_pre, tokens.index),
+            keys_and_values(resid_pre, tokens.rotary),
             tokens.sees_own,
             block.attn.attn_scale,
         )
-        where = torch.stack([tokens.where(_in_layer_at(some, layer), heads) for some in kept])
-        ablated = self.values[layer].to(q.device)[:, heads][tokens.index]
+        where = torch.stack([tokens.where(some, layer, heads) for some in kept])
+        ablated = self.outputs[layer].to(q.device)[:, heads][self._rows_at(tokens)]
         return head_outputs(model, layer, (z - ablated) * where[..., None], heads)
 
     def _written_at(self, tokens: "_Tokens", layer: int) -> Float[Tensor, "batch token d_model"]:
-        return _written(self.model, layer, self.values[layer])[tokens.index]
+        return _written(self.model, layer, self.outputs[layer], self._rows_at(tokens))
+
+    def _rows_at(self, tokens: "_Tokens") -> Int[Tensor, "batch token"]:
+        return self.rows.to(tokens.index.device).gather(1, tokens.index)
 
     def _bytes_per_circuit(self, tokens: "_Tokens") -> int:
         cfg = self.model.cfg
@@ -208,12 +218,14 @@ class _Tokens:
     Attributes:
         names: the named positions.
         index: token index of each, the answer's last.
+        rotary: the same tokens counted without padding.
         sees_ablated: the tokens no circuit changes, ahead of each.
         sees_own: which of these tokens each sees.
     """
 
     names: tuple[str, ...]
     index: Int[Tensor, "batch token"]
+    rotary: Int[Tensor, "batch token"]
     sees_ablated: Bool[Tensor, "batch token pos"]
     sees_own: Bool[Tensor, "batch token token"]
 
@@ -229,7 +241,8 @@ class _Tokens:
         return cls(
             names=names,
             index=index,
-            sees_ablated=(tokens <= index[..., None]) & ~changed[:, None],
+            rotary=_rotary(prompts).gather(1, index),
+            sees_ablated=(tokens <= index[..., None]) & (prompts.mask & ~changed)[:, None],
             sees_own=(index[:, None] <= index[..., None]) & ~again[:, None],
         )
 
@@ -237,7 +250,7 @@ class _Tokens:
         """The same tokens, their indices on a device."""
         if self.index.device == device:
             return self
-        parts = (self.index, self.sees_ablated, self.sees_own)
+        parts = (self.index, self.rotary, self.sees_ablated, self.sees_own)
         return _Tokens(self.names, *(part.to(device) for part in parts))
 
     @property
@@ -251,32 +264,66 @@ class _Tokens:
         return slice(-1, None)
 
     def where(
-        self, kept: Mapping[str, Sequence[Head]], heads: Sequence[int]
+        self, kept: "_Kept", layer: int, heads: Sequence[int]
     ) -> Bool[Tensor, "batch token head"]:
-        """Which heads are kept at which of these tokens."""
-        table = torch.zeros(len(self.names), len(heads), dtype=torch.bool)
-        for name, some in kept.items():
-            table[self.names.index(name), [heads.index(head.head) for head in some]] = True
+        """Which of these heads of a layer are kept at which of these tokens."""
         same = self.index[:, :, None] == self.index[:, None]
-        return (same[..., None] & table.to(same.device)).any(2)
+
+        def at_tokens(chosen: Mapping[str, Sequence[Head]]) -> Tensor:
+            table = torch.zeros(len(self.names), len(heads), dtype=torch.bool)
+            for name, some in chosen.items():
+                here = [heads.index(h.head) for h in some if h.layer == layer and h.head in heads]
+                table[self.names.index(name), here] = True
+            return (same[..., None] & table.to(same.device)).any(2)
+
+        return at_tokens(kept.heads) & ~at_tokens(kept.removed)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The heads that a circuit keeps, and those that are ablated in it all the same, by named
+    position."""
+
+    heads: Mapping[str, Sequence[Head]]
+    removed: Mapping[str, Sequence[Head]]
+
+    @property
+    def lowest(self) -> int:
+        """The first layer with a head of it; 0 if there is none."""
+        return min((head.layer for some in self.heads.values() for head in some), default=0)
+
+    @property
+    def highest(self) -> int:
+        """The last layer with a head of it."""
+        return max(head.layer for some in self.heads.values() for head in some)
+
+    def in_layer(self, layer: int) -> set[int]:
+        """Its heads in a layer."""
+        return {h.head for some in self.heads.values() for h in some if h.layer == layer}
+
+
+def _rotary(prompts: PromptBatch) -> Int[Tensor, "batch pos"]:
+    """Token indices counted without padding."""
+    return (prompts.mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _there(circuit: Circuit | HeadsAt | None) -> dict[str, tuple[Head, ...]]:
+    return {name: heads for name, heads in heads_by_position(circuit).items() if heads}
 
 
 def _written(
-    model: Model, layer: int, z: Float[Tensor, "*rows head d_head"]
-) -> Float[Tensor, "*rows d_model"]:
-    """The attention output of given head outputs."""
+    model: Model,
+    layer: int,
+    outputs: Float[Tensor, "row head d_head"],
+    rows: Int[Tensor, "*tokens"],
+) -> Float[Tensor, "*tokens d_model"]:
+    """The attention output at tokens that take these rows of head outputs."""
     every = list(range(model.cfg.n_heads))
-    z = z.to(device_of(model, layer))
-    return head_outputs(model, layer, z, every) + model.blocks[layer].attn.b_O
-
-
-def _lowest(kept: Mapping[str, Sequence[Head]]) -> int:
-    return min((head.layer for heads in kept.values() for head in heads), default=0)
-
-
-def _in_layer(kept: Mapping[str, Sequence[Head]], layer: int) -> list[Head]:
-    return [head for heads in kept.values() for head in heads if head.layer == layer]
-
-
-def _in_layer_at(kept: Mapping[str, Sequence[Head]], layer: int) -> dict[str, list[Head]]:
-    return {name: [h for h in heads if h.layer == layer] for name, heads in kept.items()}
+    device = device_of(model, layer)
+    outputs, rows = outputs.to(device), rows.to(device)
+    # The matrix product is done over whichever are fewer.
+    if len(outputs) <= rows.numel():
+        written = head_outputs(model, layer, outputs, every)[rows]
+    else:
+        written = head_outputs(model, layer, outputs[rows], every)
+    return written + model.blocks[layer].attn.b_O

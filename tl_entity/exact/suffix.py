@@ -34,6 +34,7 @@ from tl_entity.exact.window import (
 from tl_entity.heads import HeadsAt
 from tl_entity.hooks.cross_model import ReplaceKeys, ReplaceValues
 from tl_entity.hooks.edits import (
+    AblateWhere,
     KnockOutAttention,
     MaskHeads,
     ReplaceHeads,
@@ -94,8 +95,8 @@ class CleanRun:
             model: the model.
             prompts: the prompts.
             first_layer: the lowest layer that will be edited.
-            positions: named positions; edits may lie at the earliest of them in each prompt, and at
-                any token after it.
+            positions: named positions or roles; edits may lie at the earliest token of these in
+                each prompt, and at any token after it.
             begins: the lowest edited layers of the edit lists to come, if they differ: a list
                 begins to cost at the highest of these that is not above its own.
 
@@ -110,7 +111,7 @@ class CleanRun:
             raise InputError(f"Layers {begins} can't be edited: the model has {n_layers} layers.")
         if not positions:
             raise InputError("Name at least one position at which edits may be made.")
-        start = torch.stack([prompts.position(name) for name in positions]).amin(0)
+        start = torch.stack([prompts.first_token(name) for name in positions]).amin(0)
         first_token = int(start.min())
         points: dict[str, str | slice | None] = {}
         for layer in range(begins[0], n_layers):
@@ -396,15 +397,16 @@ def _(edit: MaskHeads, window: Window) -> MaskHeads:
 
 @within.register
 def _(edit: ReplaceWhere, window: Window) -> ReplaceWhere:
-    where = _of_members(edit.where.to(window.tokens.device), window)
-    inside = torch.zeros(where.shape[:2], dtype=torch.bool, device=where.device)
-    rows = torch.arange(len(where), device=where.device)[:, None]
-    inside[rows, window.tokens] = True
-    if bool((where & ~inside[..., None]).any()):
-        raise _outside(window)
     values = _of_members(edit.values, window)
-    tokens = window.tokens.to(values.device)
-    return ReplaceWhere(where[rows, window.tokens], values[rows.to(values.device), tokens])
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return ReplaceWhere(
+        _where_in_window(edit.where, window), values[rows, window.tokens.to(values.device)]
+    )
+
+
+@within.register
+def _(edit: AblateWhere, window: Window) -> AblateWhere:
+    return AblateWhere(_where_in_window(edit.where, window), window.clean(edit.rows), edit.outputs)
 
 
 @within.register
@@ -430,6 +432,16 @@ def _(edit: ReplaceKeys, window: Window) -> ReplaceKeys:
 def _(edit: ReplaceValues, window: Window) -> ReplaceValues:
     positions = _window_positions(edit.positions, window)
     return replace(edit, positions=positions, values=_as_scored(edit.values, window))
+
+
+def _where_in_window(where: Tensor, window: Window) -> Tensor:
+    where = _of_members(where.to(window.tokens.device), window)
+    inside = torch.zeros(where.shape[:2], dtype=torch.bool, device=where.device)
+    rows = torch.arange(len(where), device=where.device)[:, None]
+    inside[rows, window.tokens] = True
+    if bool((where & ~inside[..., None]).any()):
+        raise _outside(window)
+    return where[rows, window.tokens]
 
 
 def _as_scored(vectors: Tensor, window: Window) -> Tensor:

@@ -9,6 +9,7 @@ return `(hook point name, edit)` pairs, ready for `model.run_with_hooks(tokens, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.points import hook_point
 from tl_entity.tasks.batches import PromptBatch
 
@@ -120,6 +122,29 @@ class ReplaceWhere:
 
 @checked
 @dataclass(frozen=True)
+class AblateWhere:
+    """Give every chosen head at every chosen token a row of a table.
+
+    Attributes:
+        where: the (prompt, token, head) entries replaced; an axis of length one stands for all.
+        rows: which row of the table each token takes.
+        outputs: the table.
+    """
+
+    where: Bool[Tensor, "#batch pos #head"]
+    rows: Int[Tensor, "batch pos"]
+    outputs: Float[Tensor, "row head d_head"]
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        batch, pos = self.rows.shape
+        head, d_head = self.outputs.shape[1:]
+        _check_shape(activation, hook, batch=batch, pos=pos, head=head, d_head=d_head)
+        values = self.outputs.to(activation)[self.rows.to(activation.device)]
+        return torch.where(self.where.to(activation.device)[..., None], values, activation)
+
+
+@checked
+@dataclass(frozen=True)
 class MaskHeads:
     """Mix some heads' own output with another, by a mask that can be trained.
 
@@ -191,7 +216,7 @@ class KnockOutAttention:
         return edited
 
 
-Edit = ReplaceHeads | ReplaceToken | ReplaceWhere | MaskHeads | KnockOutAttention
+Edit = ReplaceHeads | ReplaceToken | ReplaceWhere | AblateWhere | MaskHeads | KnockOutAttention
 Hook = tuple[str, Edit]
 """A hook point's full name and the edit made there."""
 
@@ -221,9 +246,11 @@ def patch_heads(
 
     Raises:
         InputError: if the cache lacks a hook point, holds another number of prompts or positions,
-            or has no such head, or a named position is missing.
+            or has no such head, a named position is missing, or two names mean one token of the
+            patched run but different ones of the other, so that a head would get two values.
     """
     source = into if source is None else source
+    _check_one_source(heads_by_position(heads), into, source)
     hooks: list[Hook] = []
     for position, at in heads_by_position(heads).items():
         read, write = source.position(position), into.position(position)
@@ -274,63 +301,54 @@ def freeze_heads(
 
 @checked
 def ablate_heads(
-    values: Float[Tensor, "layer pos head d_head"],
+    values: Ablation | Float[Tensor, "layer pos head d_head"],
     prompts: PromptBatch,
     *,
     keep: Circuit | HeadsAt | None = None,
     remove: Circuit | HeadsAt | None = None,
 ) -> list[Hook]:
-    """Hooks that replace heads' `hook_z` by given values, such as `mean_head_outputs` makes.
+    """Hooks that replace heads' `hook_z` by what an ablation leaves.
 
-    With `keep`, every head is ablated at every token, except the kept heads at their own positions.
-    With `remove`, the removed heads are ablated at their own positions (also if kept). Padding is
-    left alone.
+    With `keep`, every head is ablated at every token, except the kept heads at their own tokens.
+    With `remove`, the removed heads are ablated at their own tokens (also if kept, by whatever
+    name). Padding is left alone.
+
+    Args:
+        values: an ablation, or outputs by token index, such as `mean_head_outputs` makes.
+        prompts: the prompts that will be run.
+        keep: heads by named position, or by role at all of its tokens.
+        remove: the same.
 
     Raises:
-        InputError: if neither is given, the prompts are longer than the values or padded on the
-            left, or a named position or head does not exist.
+        InputError: if neither is given, the ablation does not fit the prompts, or a named position,
+            role or head does not exist.
     """
     if keep is None and remove is None:
         raise InputError("Say which heads to keep or which to remove.")
-    check_ablation_values(values, prompts)
-    n_layers, _, n_heads, _ = values.shape
-    batch, pos = prompts.tokens.shape
-    where = torch.full((n_layers, batch, pos, n_heads), keep is not None)
-    rows = torch.arange(batch)
-    for ablated, at_positions in ((False, keep), (True, remove)):
-        for position, heads in heads_by_position(at_positions).items():
+    ablation = Ablation.of(values)
+    rows = ablation.rows(prompts)
+    if ablation.outputs is None:
+        raise InputError("Give the zero ablation its model's shape first: ablation.of_model(cfg).")
+    n_layers, _, n_heads, _ = ablation.outputs.shape
+    where = torch.full((n_layers, *prompts.tokens.shape, n_heads), keep is not None)
+    for ablated, at_names in ((False, keep), (True, remove)):
+        for name, heads in heads_by_position(at_names).items():
+            # A group without heads may be at a token that these prompts don't have.
+            tokens = prompts.where(name).cpu() if heads else None
             for head in heads:
                 if not (0 <= head.layer < n_layers and 0 <= head.head < n_heads):
                     raise InputError(
                         f"The ablation values have no head {head}: "
                         f"{n_layers} layers of {n_heads} heads."
                     )
-                where[head.layer, rows, prompts.position(position).cpu(), head.head] = ablated
+                assert tokens is not None
+                where[head.layer, ..., head.head].masked_fill_(tokens, ablated)
     where &= prompts.mask.cpu()[None, :, :, None]
     return [
-        (hook_point("z", layer), ReplaceWhere(where[layer], values[None, layer, :pos]))
+        (hook_point("z", layer), AblateWhere(where[layer], rows, ablation.outputs[layer]))
         for layer in range(n_layers)
         if bool(where[layer].any())
     ]
-
-
-@checked
-def check_ablation_values(
-    values: Float[Tensor, "layer pos head d_head"], prompts: PromptBatch
-) -> None:
-    """Make sure that there is a value for every token of the prompts.
-
-    Raises:
-        InputError: if the prompts are longer than the values or padded on the left.
-    """
-    n_pos, length = values.shape[1], prompts.tokens.shape[1]
-    if not bool(prompts.mask[:, 0].all()):
-        raise InputError("Ablation needs prompts padded on the right, where positions line up.")
-    if length > n_pos:
-        raise InputError(
-            f"The prompts have {length} tokens, the ablation values only {n_pos} positions; "
-            "take the values from prompts of the same form."
-        )
 
 
 @checked
@@ -394,6 +412,22 @@ def knock_out(
         if chosen != ():
             hooks.append((hook_point("attn_scores", layer), KnockOutAttention(seer, seen, chosen)))
     return hooks
+
+
+def _check_one_source(
+    heads: Mapping[str, Sequence[Head]], into: PromptBatch, source: PromptBatch
+) -> None:
+    """Refuse to give a head two values at one token."""
+    for one, other in combinations(heads, 2):
+        both = sorted(set(heads[one]) & set(heads[other]))
+        same = into.position(one) == into.position(other)
+        apart = source.position(one) != source.position(other)
+        prompts = (same.cpu() & apart.cpu()).nonzero()
+        if both and len(prompts):
+            raise InputError(
+                f"{one!r} and {other!r} are one token of prompt {int(prompts[0])} and two of its "
+                f"source, so {both[0]} would get two values there; patch it at one of them."
+            )
 
 
 def _by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:

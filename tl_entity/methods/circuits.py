@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.blocks import unembed
 from tl_entity.exact.memory import halving, memory_budget, prompts_within
 from tl_entity.exact.suffix import CleanRun
-from tl_entity.heads import Circuit, Group, Head, HeadsAt, heads_by_position, without
+from tl_entity.heads import Circuit, Group, Head, HeadsAt, heads_by_position
+from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.edits import ablate_heads
-from tl_entity.hooks.points import check_heads, hook_point
-from tl_entity.hooks.run import answer_logits, record
+from tl_entity.hooks.points import check_heads
+from tl_entity.hooks.run import answer_logits
+from tl_entity.methods.ablations import BATCH_SIZE as BATCH_SIZE
+from tl_entity.methods.ablations import mean_head_outputs as mean_head_outputs
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
-from tl_entity.ranks import share_of, shared_out, summed
+from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.stats import Bootstrap, Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch, PromptBatch
@@ -34,9 +37,6 @@ if TYPE_CHECKING:
 
 AnsweredRows = TypeVar("AnsweredRows", PromptBatch, PairBatch)
 """What has an answer each: prompts, or pairs with their targets."""
-
-BATCH_SIZE = 32
-"""Prompts run together where nothing else is said."""
 
 
 @checked
@@ -172,108 +172,54 @@ class Faithfulness(Result):
 
 @checked
 @torch.no_grad()
-def mean_head_outputs(
-    model: Model,
-    tokens: PromptBatch | Int[Tensor, "batch pos"],
-    *,
-    batch_size: int = BATCH_SIZE,
-) -> Float[Tensor, "layer pos head d_head"]:
-    """Mean `hook_z` of every head at every token position, over prompts of one form.
-
-    These are the values that ablated heads get (paper, §3.3). A padded position counts only the
-    prompts that have a token there.
-
-    Args:
-        model: the model.
-        tokens: prompts, or unpadded tokens.
-        batch_size: prompts run together.
-
-    Raises:
-        InputError: if a batch is padded on the left, where positions do not line up.
-    """
-    if not isinstance(tokens, PromptBatch):
-        n, length = tokens.shape
-        last = torch.full((n,), length - 1, device=tokens.device)
-        tokens = PromptBatch(tokens, torch.zeros_like(last), {"last": last})
-    if not bool(tokens.mask[:, 0].all()):
-        raise InputError("Mean head outputs need prompts padded on the right, not the left.")
-    tokens = tokens.to(model.cfg.device or "cpu")
-    points: dict[str, str | None] = {
-        hook_point("z", layer): None for layer in range(model.cfg.n_layers)
-    }
-    sums: dict[str, Tensor] = {}
-    share = share_of(len(tokens))
-    for chunk in tokens[share.rows].chunks(batch_size):
-        there = chunk.mask[:, :, None, None] & (share.n > 0)
-        for name, z in record(model, chunk, points).items():
-            total = (z.to(torch.float64) * there.to(z.device)).sum(0)
-            sums[name] = sums[name] + total if name in sums else total
-    sums = {name: summed(total) for name, total in sums.items()}
-    counts = tokens.mask.sum(0).clamp(min=1)[:, None, None]
-    means = [sums[name].to(counts.device) / counts for name in points]
-    return torch.stack(means).to(model.cfg.dtype)
-
-
-@checked
-@torch.no_grad()
 def evaluate(
     model: Model,
     prompts: PromptBatch,
     *,
     keep: Circuit | HeadsAt | None = None,
     remove: Circuit | HeadsAt | None = None,
+    ablation: Ablation | None = None,
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
     memory: int | None = None,
 ) -> Evaluation:
-    """Answer the prompts, whole or with heads ablated to their mean outputs.
+    """Answer the prompts, whole or with heads ablated.
 
-    With `keep`, every head at every token is ablated, except the kept ones at their own positions:
-    F(C). With `remove`, just those are: F(M \\ K). With both, the removed ones are ablated even if
-    kept: F(C \\ K) (paper, §3.3). For many circuits on the same prompts, `evaluate_circuits` is
-    far quicker.
+    With `keep`, every head at every token is ablated, except the kept ones at their own tokens:
+    F(C). With `remove`, just those are: F(M \\ K). With both, the removed ones are ablated at their
+    tokens even if kept there, by whatever name: F(C \\ K) (paper, §3.3). For many circuits on the
+    same prompts, `evaluate_circuits` is far quicker.
 
     Args:
         model: the model.
         prompts: the prompts.
-        keep: a circuit, or heads by named position.
-        remove: heads ablated at their positions.
-        mean_outputs: what ablated heads put out, from `mean_head_outputs` of other prompts of the
-            same form.
+        keep: a circuit, or heads by named position, or by role at all of its tokens.
+        remove: heads ablated, in the same way.
+        ablation: what ablated heads put out, from `pooled_ablation`, `resample_ablation`,
+            `index_ablation` or `zero_ablation`, which say what each leaves in.
+        mean_outputs: the same as values by token index, from `mean_head_outputs` (the paper's).
         engine: "exact" computes only what the circuit can change, "hooks" everything.
         batch_size: prompts run together, at most.
         memory: bytes that intermediate results may take; found from the device if left out.
 
     Raises:
-        InputError: if heads are to be ablated without `mean_outputs` or with another model's, a
-            head or position does not exist, a prompt has no answer, the prompts are longer than the
-            mean outputs or padded on the left, or the exact engine does not fit the model.
+        InputError: if heads are to be ablated and it is not said to what, or in two ways, the
+            ablation does not fit the model or the prompts, a head, position or role does not exist,
+            a prompt has no answer, or the exact engine does not fit the model.
     """
+    how: dict[str, Any] = {
+        "ablation": ablation,
+        "mean_outputs": mean_outputs,
+        "engine": engine,
+        "batch_size": batch_size,
+        "memory": memory,
+    }
     if keep is not None:
-        kept = keep if remove is None else without(keep, remove)
-        if remove is not None:
-            _check_evaluation(model, prompts, [remove], mean_outputs)
-        return evaluate_circuits(
-            model,
-            prompts,
-            [kept],
-            mean_outputs=mean_outputs,
-            engine=engine,
-            batch_size=batch_size,
-            memory=memory,
-        )[0]
+        return evaluate_circuits(model, prompts, [keep], removed=[remove], **how)[0]
     if remove is not None:
-        return evaluate_removals(
-            model,
-            prompts,
-            [remove],
-            mean_outputs=mean_outputs,
-            engine=engine,
-            batch_size=batch_size,
-            memory=memory,
-        )[0]
-    _check_evaluation(model, prompts, [], mean_outputs)
+        return evaluate_removals(model, prompts, [remove], **how)[0]
+    _check_evaluation(model, prompts, [])
     return evaluate_each(
         model,
         prompts,
@@ -291,7 +237,9 @@ def evaluate_circuits(
     prompts: PromptBatch,
     circuits: Sequence[Circuit | HeadsAt],
     *,
-    mean_outputs: Float[Tensor, "layer pos head d_head"] | None,
+    removed: Sequence[Circuit | HeadsAt | None] | None = None,
+    ablation: Ablation | None = None,
+    mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
     memory: int | None = None,
@@ -300,12 +248,15 @@ def evaluate_circuits(
     """F(C) of many circuits on the same prompts: all but a circuit's heads ablated everywhere.
 
     The exact engine computes what the circuits share once: the run with every head ablated. Each
-    circuit then costs its own named positions only.
+    circuit then costs its own named positions only. Circuits of heads by role, which change most
+    tokens, are run whole.
 
     Args:
         model: the model.
         prompts: the prompts.
-        circuits: heads kept, by named position.
+        circuits: heads kept, by named position or role.
+        removed: for each circuit heads that are ablated all the same: F(C \\ K).
+        ablation: as in `evaluate`.
         mean_outputs: as in `evaluate`.
         engine: as in `evaluate`.
         batch_size: prompts run together, at most.
@@ -314,19 +265,29 @@ def evaluate_circuits(
             prompt is a run.
 
     Raises:
-        InputError: as `evaluate`.
+        InputError: as `evaluate`, or if circuits and removed are not equally many.
     """
-    values = _check_evaluation(model, prompts, circuits, mean_outputs, edited=True)
+    gone = [None] * len(circuits) if removed is None else list(removed)
+    if len(gone) != len(circuits):
+        raise InputError(f"{len(circuits)} circuits can't have heads removed {len(gone)} times.")
+    edited = [*circuits, *(heads for heads in gone if heads is not None)]
+    _check_evaluation(model, prompts, edited)
+    ablated = _ablation(model, ablation, mean_outputs)
+    by_token = all(
+        name in prompts.positions or not heads
+        for some in edited
+        for name, heads in heads_by_position(some).items()
+    )
 
     def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
-        if engine == "exact":
-            resid = AblatedRun.record(model, chunk, values).answer_resid_each(
-                circuits, memory=memory
+        if engine == "exact" and by_token:
+            resid = AblatedRun.record(model, chunk, ablated).answer_resid_each(
+                circuits, removed=gone, memory=memory
             )
             return (unembed(model, final) for final in resid)
         return (
-            answer_logits(model, chunk, ablate_heads(values, chunk, keep=circuit))
-            for circuit in circuits
+            answer_logits(model, chunk, ablate_heads(ablated, chunk, keep=circuit, remove=heads))
+            for circuit, heads in zip(circuits, gone, strict=True)
         )
 
     return evaluate_each(
@@ -347,13 +308,14 @@ def evaluate_removals(
     prompts: PromptBatch,
     removed: Sequence[Circuit | HeadsAt],
     *,
-    mean_outputs: Float[Tensor, "layer pos head d_head"] | None,
+    ablation: Ablation | None = None,
+    mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
     memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> list[Evaluation]:
-    """F(M \\ K) for many K on the same prompts: only K's heads ablated, at their positions.
+    """F(M \\ K) for many K on the same prompts: only K's heads ablated, at their tokens.
 
     The exact engine runs the prompts once; each K then costs the tokens and layers from its first
     head on.
@@ -361,17 +323,18 @@ def evaluate_removals(
     Arguments and errors are those of `evaluate_circuits`, with the heads removed in place of those
     kept.
     """
-    values = _check_evaluation(model, prompts, removed, mean_outputs, edited=True)
-    by_position = [heads_by_position(heads) for heads in removed]
-    positions = [name for at in by_position for name, heads in at.items() if heads]
-    heads_of = [[head for some in at.values() for head in some] for at in by_position]
+    _check_evaluation(model, prompts, removed)
+    ablated = _ablation(model, ablation, mean_outputs)
+    by_name = [heads_by_position(heads) for heads in removed]
+    names = [name for at in by_name for name, heads in at.items() if heads]
+    heads_of = [[head for some in at.values() for head in some] for at in by_name]
     lowest = [min(head.layer for head in heads) for heads in heads_of if heads]
 
     def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
-        hooks = [ablate_heads(values, chunk, remove=heads) for heads in removed]
-        if engine == "exact" and positions:
+        hooks = [ablate_heads(ablated, chunk, remove=heads) for heads in removed]
+        if engine == "exact" and names:
             run = CleanRun.record(
-                model, chunk, first_layer=min(lowest), positions=positions, begins=lowest
+                model, chunk, first_layer=min(lowest), positions=names, begins=lowest
             )
             return (unembed(model, final) for final in run.answer_resid_each(hooks, memory=memory))
         return (answer_logits(model, chunk, some) for some in hooks)
@@ -454,33 +417,30 @@ def judge(logits: Float[Tensor, "batch d_vocab"], prompts: PromptBatch) -> Evalu
     )
 
 
+def _ablation(model: Model, ablation: Ablation | None, mean_outputs: Tensor | None) -> Ablation:
+    """What ablated heads put out, from one of the two ways to say it."""
+    if ablation is not None and mean_outputs is not None:
+        raise InputError("Give an ablation or mean_outputs, not both: they are two ways to ablate.")
+    if ablation is None and mean_outputs is None:
+        raise InputError(
+            "To ablate heads, give mean_outputs (from mean_head_outputs) or an ablation (such as "
+            "pooled_ablation makes)."
+        )
+    given = ablation if mean_outputs is None else Ablation.by_index(mean_outputs)
+    assert given is not None
+    return given.of_model(model.cfg)
+
+
 def _check_evaluation(
-    model: Model,
-    prompts: PromptBatch,
-    edited_heads: Sequence[Circuit | HeadsAt],
-    mean_outputs: Tensor | None,
-    *,
-    edited: bool = False,
-) -> Tensor:
-    """The mean outputs, if everything fits together."""
-    if mean_outputs is None:
-        if edited:
-            raise InputError("To ablate heads, give mean_outputs (from mean_head_outputs).")
-        mean_outputs = torch.empty(0)
-    else:
-        cfg = model.cfg
-        sizes = (cfg.n_layers, cfg.n_heads, cfg.d_head)
-        given = (mean_outputs.shape[0], *mean_outputs.shape[2:])
-        if given != sizes:
-            raise InputError(
-                f"The mean outputs are of {given} layers, heads and d_head, the model has {sizes}."
-            )
+    model: Model, prompts: PromptBatch, edited_heads: Sequence[Circuit | HeadsAt]
+) -> None:
     for heads in edited_heads:
-        for at in heads_by_position(heads).values():
+        for name, at in heads_by_position(heads).items():
             check_heads(model, at)
+            if at:
+                prompts.where(name)
     if bool((prompts.answers < 0).any()):
         raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
-    return mean_outputs
 
 
 @checked

@@ -1,7 +1,7 @@
 """What every method works on: tokens with answers and named positions."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,11 +13,19 @@ from tl_entity.errors import InputError
 ANSWER_POSITION = "last"
 """The named position whose logits are scored."""
 
+NO_ROLE = -1
+"""The role of padding."""
+
 
 @checked
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts as tokens, with their answers and named positions.
+    """Prompts as tokens, with their answers, named positions and roles.
+
+    A named position is one token of each prompt. A role is what kind of token each one is, such as
+    the label of a segment, whichever segment; every token has one. A position or role that depends
+    on what is asked, such as the label of the segment asked about, knows the answer: heads kept
+    there are told where to look.
 
     Attributes:
         tokens: token ids; shorter prompts are padded.
@@ -26,16 +34,24 @@ class PromptBatch:
             token, is always there: the answer is read from its logits.
         attention_mask: 1 at prompt tokens and 0 at padding; None when nothing is padded. Padding
             may stand on either side, not inside a prompt.
+        roles: index of each token's role in `role_names`, -1 at padding; None if no roles are
+            known.
+        role_names: names of the roles, the same for all prompts.
+        knowing: names of the positions and roles that depend on what is asked.
 
     Raises:
         InputError: if `"last"` is missing, a position falls outside its prompt, a mask has holes,
-            or a token follows `"last"`.
+            a token follows `"last"`, a token has no role or padding has one, two roles share a
+            name, or a position and a role of one name are different tokens.
     """
 
     tokens: Int[Tensor, "batch pos"]
     answers: Int[Tensor, " batch"]
     positions: Mapping[str, Int[Tensor, " batch"]] = field(default_factory=dict)
     attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None
+    roles: Int[Tensor, "batch pos"] | None = None
+    role_names: tuple[str, ...] = ()
+    knowing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if ANSWER_POSITION not in self.positions:
@@ -64,6 +80,28 @@ class PromptBatch:
         )
         if bool((mask.cpu() & after_last).any()):
             raise InputError(f"A prompt has tokens after its position {ANSWER_POSITION!r}.")
+        self._check_roles()
+
+    def _check_roles(self) -> None:
+        if self.roles is None:
+            if self.role_names:
+                raise InputError("The prompts name roles, but say of no token which one it has.")
+            return
+        if len(set(self.role_names)) < len(self.role_names):
+            raise InputError(f"Two roles share a name: {', '.join(self.role_names)}.")
+        right = (self.roles >= 0) & (self.roles < len(self.role_names))
+        right = torch.where(self.mask, right, self.roles == NO_ROLE)
+        if not bool(right.all()):
+            row, at = (~right).nonzero()[0].tolist()
+            raise InputError(
+                f"Token {at} of prompt {row} has role {int(self.roles[row, at])}; tokens have one "
+                f"of the {len(self.role_names)} roles named, padding has {NO_ROLE}."
+            )
+        for name in set(self.role_names) & set(self.positions):
+            if not torch.equal(self._at_role(name), self._at_position(name)):
+                raise InputError(
+                    f"{name!r} names a position and a role, and they are not the same tokens."
+                )
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -88,22 +126,63 @@ class PromptBatch:
             )
         return self.positions[name]
 
+    @checked
+    def where(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """The tokens that a name stands for: the one at a named position, or all of a role.
+
+        Raises:
+            InputError: if the batch has neither.
+        """
+        if name in self.positions:
+            return self._at_position(name)
+        if name in self.role_names:
+            return self._at_role(name)
+        roles = f"; its roles are {', '.join(self.role_names)}" if self.role_names else ""
+        raise InputError(
+            f"The prompts have no position {name!r}; they have {', '.join(self.positions)}{roles}."
+        )
+
+    @checked
+    def first_token(self, name: str) -> Int[Tensor, " batch"]:
+        """The first token of each prompt that a name stands for; the one after `"last"` where a
+        prompt has none.
+
+        Raises:
+            InputError: as `where`.
+        """
+        if name in self.positions:
+            return self.positions[name]
+        where = self.where(name)
+        return torch.where(where.any(1), where.int().argmax(1), self.positions[ANSWER_POSITION] + 1)
+
+    def _at_position(self, name: str) -> Tensor:
+        tokens = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return tokens == self.positions[name].to(self.tokens.device)[:, None]
+
+    def _at_role(self, name: str) -> Tensor:
+        assert self.roles is not None
+        return self.roles == self.role_names.index(name)
+
     def __getitem__(self, rows: slice | Tensor) -> "PromptBatch":
         """Some of the prompts: a slice, or a tensor of indices or booleans."""
-        return PromptBatch(
+        return replace(
+            self,
             tokens=self.tokens[rows],
             answers=self.answers[rows],
             positions={name: indices[rows] for name, indices in self.positions.items()},
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
+            roles=None if self.roles is None else self.roles[rows],
         )
 
     def to(self, device: str | torch.device) -> "PromptBatch":
         """The same prompts on another device."""
-        return PromptBatch(
+        return replace(
+            self,
             tokens=self.tokens.to(device),
             answers=self.answers.to(device),
             positions={name: indices.to(device) for name, indices in self.positions.items()},
             attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+            roles=None if self.roles is None else self.roles.to(device),
         )
 
     def chunks(self, size: int) -> Iterator["PromptBatch"]:

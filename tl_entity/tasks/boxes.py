@@ -23,8 +23,19 @@ if TYPE_CHECKING:
 LABELS: tuple[str, ...] = tuple(string.ascii_uppercase)
 """The labels a box can have."""
 
+KNOWING: tuple[str, ...] = ("previous_query_label", "correct_object")
+"""The named positions that depend on which box is asked about."""
+
+SEGMENT_ROLES: tuple[str, ...] = ("the", "object", "is", "in", "box", "label")
+"""The roles of a segment's words, whichever segment it is."""
+
+QUERY_ROLES: tuple[str, ...] = ("query_box", "query_label", "contains", "last")
+"""The roles of the question's words."""
+
 _SEGMENT = re.compile(r"\b[Tt]he (\w+) is in Box (\w+)")
 _QUERY = re.compile(r"\bBox (\w+) contains the(?: (\w+))?\.?\s*$")
+_WORD = re.compile(r"\w+")
+_WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]+")
 
 
 @dataclass(frozen=True)
@@ -209,15 +220,54 @@ def mark_sentence(text: str, *, label_stands_in: int | None = None) -> MarkedTex
     if query[2] is not None and query[2] != answer:
         raise InputError(f"Box {query[1]} contains the {answer}, not the {query[2]}, in {text!r}.")
     correct_object, previous_label = segments[asked[0]]
+    prompt = text[: query.end()] if query[2] is None else text[: query.start(2)].rstrip()
     return MarkedText(
-        text=text[: query.end()] if query[2] is None else text[: query.start(2)].rstrip(),
+        text=prompt,
         spans={
             "query_label": query.span(1),
             "previous_query_label": previous_label,
             "correct_object": correct_object,
         },
         answer=answer,
+        roles=box_roles(prompt),
+        knowing=KNOWING,
     )
+
+
+@checked
+def box_roles(text: str) -> tuple[tuple[str, Span], ...]:
+    """The role of each word of a box prompt, blind to which box is asked about.
+
+    A segment's words have the roles `the`, `object`, `is`, `in`, `box` and `label`, whichever
+    segment it is; a sign between two segments is `comma` and one behind them `stop`. Where a prompt
+    has other words, they are `before` the segments, `between` them or `after` them. The question's
+    words are `query_box`, `query_label`, `contains` and `last`.
+
+    Raises:
+        InputError: if the text does not end with a question.
+    """
+    query = _QUERY.search(text)
+    if query is None:
+        raise InputError(f"{text!r:.120} does not end with a question 'Box Q contains the'.")
+    roles: list[tuple[str, Span]] = []
+    end, words, signs = 0, "before", "before"
+    for segment in _SEGMENT.finditer(text[: query.start()]):
+        roles += _roles_between(text, (end, segment.start()), words, signs)
+        roles += _roles_of_words(text, segment.span(), SEGMENT_ROLES)
+        end, words, signs = segment.end(), "between", "comma"
+    roles += _roles_between(text, (end, query.start()), "after", "stop")
+    roles += _roles_of_words(text, query.span(), QUERY_ROLES)
+    return tuple(roles)
+
+
+def _roles_of_words(text: str, span: Span, names: Sequence[str]) -> list[tuple[str, Span]]:
+    words = _WORD.finditer(text, *span)
+    return [(name, word.span()) for name, word in zip(names, words, strict=False)]
+
+
+def _roles_between(text: str, span: Span, words: str, signs: str) -> list[tuple[str, Span]]:
+    pieces = _WORD_OR_SIGN.finditer(text, *span)
+    return [(words if _WORD.match(piece[0]) else signs, piece.span()) for piece in pieces]
 
 
 def _at(text: str, span: Span) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.tasks.batches import PairBatch
-from tl_entity.tasks.boxes import BoxPrompt, sample_prompts, usable_words
+from tl_entity.tasks.boxes import KNOWING, BoxPrompt, box_roles, sample_prompts, usable_words
 from tl_entity.tasks.marked import MarkedText, Span, tokenize_marked
 
 Information = Literal["object_value", "box_label_value", "position"]
@@ -345,10 +345,13 @@ def write_prompt(
     writer.add(form.after, extra)
     writer.add(form.question, {**extra, "label": prompt.query_label}, {"label": "query_label"})
     names = ("query_label", "previous_query_label", "correct_object")
+    text = re.sub(r"(^|\. )([a-z])", lambda start: start[0].upper(), writer.text)
     return MarkedText(
-        text=re.sub(r"(^|\. )([a-z])", lambda start: start[0].upper(), writer.text),
+        text=text,
         spans={name: writer.spans[name] for name in names},
         answer=prompt.answer if form.is_true else None,
+        roles=box_roles(text),
+        knowing=KNOWING,
     )
 
 

@@ -4,14 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
+from tl_entity.tasks.batches import ANSWER_POSITION, NO_ROLE, PromptBatch
 
 NO_ANSWER = -1
 """Stands for the answer's token id in a prompt that has no right answer."""
+
+BEGINNING = "beginning"
+"""The role of a prompt's first token and of special tokens: heads that have nothing to read look
+there."""
+
+OTHER = "other"
+"""The role of tokens that no span gives one."""
 
 Span = tuple[int, int]
 """First character and the one after the last."""
@@ -25,11 +33,16 @@ class MarkedText:
         text: the prompt, without the answer.
         spans: for each name the characters it covers; each must be one token.
         answer: the word that follows after a space, or None.
+        roles: the characters that each role covers, in the order of the text; a role may come in
+            several places. Without any, the prompt's tokens have no roles.
+        knowing: names of spans and roles that depend on what is asked.
     """
 
     text: str
     spans: Mapping[str, Span]
     answer: str | None = None
+    roles: Sequence[tuple[str, Span]] = ()
+    knowing: tuple[str, ...] = ()
 
 
 @checked
@@ -52,12 +65,14 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
     covers; shorter prompts are padded on the right and masked.
 
     The special tokens are those that the tokenizer itself adds. The position `"last"` is the final
-    token of each prompt; answers are `NO_ANSWER` where a text has none.
+    token of each prompt; answers are `NO_ANSWER` where a text has none. Tokens have the role that
+    covers their first character other than a space, `"other"` where none does, and the first token
+    of a prompt is its `"beginning"`.
 
     Raises:
         InputError: if there is no text, the texts name different positions, the tokenizer can't
-            tell which characters a token covers, or a marked span or an answer is not exactly one
-            token (the message shows the text and its tokens).
+            tell which characters a token covers, a marked span or an answer is not exactly one
+            token (the message shows the text and its tokens), or only some texts have roles.
     """
     if not texts:
         raise InputError("There are no prompts to tokenize.")
@@ -70,6 +85,7 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
     rows: list[list[int]] = []
     answers: list[int] = []
     positions: dict[str, list[int]] = {name: [] for name in names}
+    roles: list[list[str]] = []
     encoded = tokenizer([text.text for text in texts], return_offsets_mapping=True)
     for text, ids, offsets in zip(
         texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
@@ -83,10 +99,12 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
             positions[name].append(_token_of_span(tokenizer, text, name, ids, offsets))
         answers.append(_answer_token(tokenizer, text, ids))
         rows.append(ids)
+        roles.append(_roles_of_tokens(text, offsets))
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     mask = torch.arange(width) < lengths[:, None]
+    role_names, role_ids = _numbered_roles(texts, roles, width)
     return PromptBatch(
         tokens=torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
         answers=torch.tensor(answers),
@@ -95,6 +113,9 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
             ANSWER_POSITION: lengths - 1,
         },
         attention_mask=None if bool(mask.all()) else mask.long(),
+        roles=role_ids,
+        role_names=role_names,
+        knowing=tuple(dict.fromkeys(name for text in texts for name in text.knowing)),
     )
 
 
@@ -121,6 +142,34 @@ def _token_of_span(
     raise InputError(
         f"{word!r} ({name}) in {text.text!r} is not one token of this tokenizer: {shown!r}."
     )
+
+
+def _roles_of_tokens(text: MarkedText, offsets: Sequence[Span]) -> list[str]:
+    """The role of each token of a text."""
+
+    def role_of(start: int, stop: int) -> str:
+        if start == stop:  # a special token covers no characters
+            return BEGINNING
+        word = text.text[start:stop]
+        first = start + len(word) - len(word.lstrip())
+        return next((role for role, span in text.roles if span[0] <= first < span[1]), OTHER)
+
+    return [BEGINNING if i == 0 else role_of(*span) for i, span in enumerate(offsets)]
+
+
+def _numbered_roles(
+    texts: Sequence[MarkedText], roles: Sequence[Sequence[str]], width: int
+) -> tuple[tuple[str, ...], Tensor | None]:
+    """The names of all roles, in the order in which they first come, and each token's."""
+    given = sum(bool(text.roles) for text in texts)
+    if given == 0:
+        return (), None
+    if given < len(texts):
+        raise InputError(f"{given} of {len(texts)} prompts say which roles their tokens have.")
+    names = tuple(dict.fromkeys(role for row in roles for role in row))
+    number = {name: index for index, name in enumerate(names)}
+    padded = [[number[role] for role in row] + [NO_ROLE] * (width - len(row)) for row in roles]
+    return names, torch.tensor(padded)
 
 
 def _answer_token(tokenizer: PreTrainedTokenizerBase, text: MarkedText, ids: Sequence[int]) -> int:
