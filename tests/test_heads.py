@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tl_entity import Circuit, Group, Head, InputError
+from tl_entity import Circuit, Group, Head, InputError, Node
 from tl_entity.heads import heads_by_position, without
 
 
@@ -132,3 +132,15 @@ def test_heads_are_taken_away_only_at_their_own_position() -> None:
     assert left == {"last": (Head(2, 0),), "query_label": (Head(3, 1),), "previous_query_label": ()}
     assert heads_by_position({"last": [(1, 2)]}) == {"last": (Head(1, 2),)}
     assert heads_by_position(None) == {}
+
+
+def test_a_node_is_written_as_it_is_read() -> None:
+    for node, text in (
+        (Node(10, 3, "label"), "L10H3@label"),
+        (Node(2, None, "subject.last"), "MLP2@subject.last"),
+    ):
+        assert str(node) == text
+        assert Node.parse(text) == node
+    for wrong in ("L10H3", "L10@label", "MLP@label", "L1H2@"):
+        with pytest.raises(InputError, match="does not name a node"):
+            Node.parse(wrong)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tl_entity.heads import Circuit as Circuit
     from tl_entity.heads import Group as Group
     from tl_entity.heads import Head as Head
+    from tl_entity.heads import Node as Node
     from tl_entity.hooks.ablations import Ablation as Ablation
     from tl_entity.methods.ablations import index_ablation as index_ablation
     from tl_entity.methods.ablations import mean_head_outputs as mean_head_outputs
@@ -117,6 +118,7 @@ _HOME = {
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
+    "Node": "heads",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
     "pooled_ablation": "methods.ablations",

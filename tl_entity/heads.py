@@ -49,6 +49,41 @@ class Head(NamedTuple):
         return cls(int(match[1]), int(match[2]))
 
 
+class Node(NamedTuple):
+    """A head, or a layer's MLP, at all tokens of a role; written `L10H3@label` or `MLP10@label`.
+
+    Attributes:
+        layer: its layer.
+        head: which head of the layer; None for the MLP.
+        role: name of the role.
+    """
+
+    layer: int
+    head: int | None
+    role: str
+
+    def __str__(self) -> str:
+        what = f"MLP{self.layer}" if self.head is None else f"L{self.layer}H{self.head}"
+        return f"{what}@{self.role}"
+
+    __repr__ = __str__
+
+    @classmethod
+    def parse(cls, text: str) -> "Node":
+        """The node that `L10H3@label` or `MLP10@label` names.
+
+        Raises:
+            InputError: if the text has another form.
+        """
+        match = re.fullmatch(r"(?:L(\d+)H(\d+)|MLP(\d+))@(.+)", text.strip())
+        if match is None:
+            raise InputError(
+                f"{text!r} does not name a node; write it like L10H3@label or MLP10@label."
+            )
+        layer = match[1] if match[3] is None else match[3]
+        return cls(int(layer), None if match[2] is None else int(match[2]), match[4])
+
+
 class Group(NamedTuple):
     """Heads that do one thing, at one named position of the prompt."""
 

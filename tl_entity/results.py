@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import numpy as np
 
 from tl_entity.errors import InputError
-from tl_entity.heads import Head
+from tl_entity.heads import Head, Node
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +144,7 @@ def _write(value: Any, name: str, tensors: dict[str, Any]) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    if isinstance(value, Head):
+    if isinstance(value, Head | Node):
         return str(value)
     if isinstance(value, np.ndarray | torch.Tensor):
         # A copy: two fields may share their memory, which the format does not allow.
@@ -184,8 +184,8 @@ def _read(hint: Any, content: Any, tensors: Mapping[str, Any]) -> Any:
     if hasattr(hint, "array_type"):  # of a jaxtyping annotation
         tensor = tensors[content]
         return tensor.numpy() if hint.array_type is np.ndarray else tensor
-    if hint is Head:
-        return Head.parse(content)
+    if hint is Head or hint is Node:
+        return hint.parse(content)
     if dataclasses.is_dataclass(hint):
         names = {field.name for field in dataclasses.fields(hint)}
         if set(content) != names:
