@@ -87,6 +87,34 @@ def paired_difference_interval(
 
 
 @checked
+def paired_loss_interval(
+    one: tuple[Bool[np.ndarray, " batch"], Bool[np.ndarray, " batch"]],
+    other: tuple[Bool[np.ndarray, " batch"], Bool[np.ndarray, " batch"]],
+) -> Interval:
+    """95 % interval of how much more one loses than another: of (before - after) of `one`'s
+    proportions less that of `other`'s, all four on the same prompts.
+
+    As in `paired_difference_interval`, one prompt is added on which the difference of losses is 1
+    and one on which it is -1, so that it has a width where nothing was seen to vary.
+
+    Args:
+        one: whether it succeeds on each prompt before and after.
+        other: the same.
+
+    Raises:
+        ValueError: if there are no prompts.
+    """
+    n = len(one[0])
+    if n == 0:
+        raise ValueError("There are no prompts to compare.")
+    lost = [before.astype(np.float64) - after for before, after in (one, other)]
+    difference = np.append(lost[0] - lost[1], [1.0, -1.0])
+    centre = float(difference.mean())
+    spread = Z_95 * math.sqrt(float((difference**2).mean() - centre**2) / (n + 2))
+    return Interval(max(-2.0, centre - spread), min(2.0, centre + spread))
+
+
+@checked
 def paired_ratio_interval(both: int, only_one: int, only_other: int) -> Interval:
     """Bonett and Price's 95 % interval of the ratio of two proportions on the same prompts (2006,
     Statistics in Medicine 25, 3039-3050: the hybrid Wilson score interval).

@@ -15,6 +15,7 @@ from tl_entity import (
     index_ablation,
     load_model,
     mean_head_outputs,
+    minimality,
     pooled_ablation,
     resample_ablation,
     zero_ablation,
@@ -144,6 +145,39 @@ def test_only_the_papers_ablation_leaves_what_the_structure_readers_do(name) -> 
     assert without["index"] > whole - 0.05
     assert without["pooled"] < 0.3
     assert without["resample"] < 0.25
+
+
+def test_pooling_the_labels_alone_leaves_the_rest_by_index() -> None:
+    labels = pooled_ablation(MODEL, OTHERS, roles=["label"])
+    means = mean_head_outputs(MODEL, OTHERS)
+    rows = labels.rows(PROMPTS)
+    at = PROMPTS.where("label")[0]
+    torch.testing.assert_close(labels.outputs[:, rows[0, ~at]], means[:, ~at])
+    pooled = means[:, at].mean(1, keepdim=True).expand(-1, 7, -1, -1)
+    torch.testing.assert_close(labels.outputs[:, rows[0, at]], pooled, atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match="no token of role nowhere"):
+        pooled_ablation(MODEL, OTHERS, roles=["nowhere"])
+
+
+def test_planted_readers_are_needed_once_their_tokens_index_is_gone() -> None:
+    """The paper's means by index drop planted heads that do just what the means do."""
+    model = load_model("default-tuned")
+    planted = Circuit.load(planted_circuit("default-tuned"))
+
+    def kept(ablation: Ablation) -> dict[str, bool]:
+        found = minimality(model, PROMPTS, planted, ablation=ablation, seed=0)
+        return {str(head.head): head.kept for head in found.heads}
+
+    by_index, pooled = (
+        kept(ablation)
+        for ablation in (
+            index_ablation(model, OTHERS),
+            pooled_ablation(model, OTHERS, roles=["label"]),
+        )
+    )
+    readers = {str(head) for head in planted.struct_reader}
+    assert {head for head, needed in by_index.items() if not needed} & readers
+    assert all(pooled.values()) and len(pooled) == 10
 
 
 def test_ablations_that_do_not_fit_are_refused(ablations) -> None:

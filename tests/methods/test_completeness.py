@@ -1,5 +1,7 @@
 """Completeness where the answer is known, and removal by removal."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,12 +53,54 @@ def test_a_circuit_that_lacks_the_backup_is_not_complete() -> None:
     # The model still has its backup, the circuit nothing.
     assert copier.of_model.accuracy == 1.0
     assert copier.of_circuit.accuracy < 0.5
-    assert copier.difference == copier.of_circuit.accuracy - 1
-    assert copier.incompleteness == -copier.difference
-    assert copier.difference_interval.low < copier.difference < copier.difference_interval.high < 0
+    assert copier.model_loss == 0
+    assert copier.difference == copier.circuit_loss == 1 - copier.of_circuit.accuracy
+    assert copier.incompleteness == copier.published_incompleteness == copier.difference
+    assert 0 < copier.interval.low < copier.difference < copier.interval.high
     whole = Circuit((Group("copier", "last", (COPY, BACKUP)), PLANTED.groups[1]))
     mended = completeness(model, PROMPTS, whole, mean_outputs=means, seed=0, n_random=0)
     assert mended.groups[0].incompleteness < 0.2
+
+
+def test_what_a_circuit_lacks_from_the_start_is_not_counted_again() -> None:
+    """A circuit of the copier alone answers little, so its removal costs it less than the model;
+    that it answers little is its faithfulness, not a loss by what is removed."""
+    copier = Circuit((Group("copier", "last", (COPY,)), Group("idle", "last", (Head(0, 1),))))
+    found = completeness(MODEL, PROMPTS, copier, mean_outputs=MEANS, seed=0, n_random=0)
+    whole, of_model = found.whole.of_circuit.accuracy, found.whole.of_model.accuracy
+    assert whole < 0.5 < of_model
+    assert found.whole.difference == 0 and found.whole.published_incompleteness > 0.5
+    idle = found.groups[1]
+    assert idle.of_model.accuracy == of_model and idle.of_circuit.accuracy == whole
+    assert idle.difference == 0 and idle.interval.low < 0 < idle.interval.high
+    assert idle.published_incompleteness > 0.5
+
+
+def test_an_empty_group_is_no_removal() -> None:
+    circuit = Circuit((*PLANTED.groups, Group("nobody", "last", ())))
+    found = completeness(MODEL, PROMPTS, circuit, mean_outputs=MEANS, seed=0, n_random=0)
+    assert [group.name for group in found.groups] == ["copier", "note_taker"]
+
+
+def test_a_head_is_removed_by_its_token_whatever_the_name() -> None:
+    """`answer` is the last token under another name: taking the copier away there takes it away."""
+    named = replace(PROMPTS, positions={**PROMPTS.positions, "answer": PROMPTS.position("last")})
+    how = {"mean_outputs": MEANS}
+    for engine in ("exact", "hooks"):
+        by_name, by_other = (
+            evaluate(
+                MODEL, named, keep=PLANTED, remove={at: [COPY]}, engine=engine, **how
+            ).answer_log_probability
+            for at in ("last", "answer")
+        )
+        torch.testing.assert_close(by_name, by_other)
+    circuit = Circuit((Group("copier", "answer", (COPY,)), Group("again", "last", (COPY,))))
+    found = completeness(MODEL, named, circuit, mean_outputs=MEANS, seed=0, n_random=0)
+    neither = evaluate(MODEL, named, keep={}, mean_outputs=MEANS)
+    for group in found.groups:
+        torch.testing.assert_close(
+            group.of_circuit.answer_log_probability, neither.answer_log_probability
+        )
 
 
 @pytest.mark.parametrize("engine", ["exact", "hooks"])

@@ -49,9 +49,12 @@ class Ablation(Result):
         outputs: `hook_z` of every head, by row; None for zeros.
         mlp_outputs: `hook_mlp_out` of every layer, by row; None if MLPs can't be ablated by it.
         role_names: of the prompts it was made from; empty where roles don't count.
-        row_roles: index of each row's role in these; None where roles don't count.
+        row_roles: index of each row's role in these, -1 for means by token index; None where roles
+            don't count.
         row_prompts: which prompt each row comes from; None for means.
         prompt_tokens: these prompts' tokens, -1 at padding; None for means.
+        index_from: the row with which means by token index begin, for tokens of the roles that
+            `role_names` does not name; None if there are none.
         seed: of the draws.
     """
 
@@ -62,6 +65,7 @@ class Ablation(Result):
     row_roles: Int[Tensor, " row"] | None = None
     row_prompts: Int[Tensor, " row"] | None = None
     prompt_tokens: Int[Tensor, "prompt length"] | None = None
+    index_from: int | None = None
     seed: int = 0
 
     def __str__(self) -> str:
@@ -75,7 +79,9 @@ class Ablation(Result):
         if self.row_roles is None:
             n = 0 if self.outputs is None else self.outputs.shape[1]
             return pd.DataFrame([{"kind": self.kind, "role": None, "n_outputs": n}])
-        counts = self.row_roles.bincount(minlength=len(self.role_names)).tolist()
+        counts = (
+            self.row_roles[self.row_roles >= 0].bincount(minlength=len(self.role_names)).tolist()
+        )
         return pd.DataFrame(
             [
                 {"kind": self.kind, "role": role, "n_outputs": n}
@@ -86,7 +92,7 @@ class Ablation(Result):
     @classmethod
     def by_index(cls, outputs: Float[Tensor, "layer pos head d_head"]) -> "Ablation":
         """Outputs by token index, such as `mean_head_outputs` gives."""
-        return cls("index", outputs)
+        return cls("index", outputs, index_from=0)
 
     @classmethod
     def of(cls, given: "Ablation | Tensor") -> "Ablation":
@@ -126,17 +132,17 @@ class Ablation(Result):
         if self.kind == "zero":
             return torch.zeros_like(prompts.tokens)
         if self.kind == "index":
-            self._check_index(prompts)
-            length = prompts.tokens.shape[1]
-            return torch.arange(length, device=prompts.tokens.device).expand(len(prompts), -1)
+            return self._by_index(prompts)
         roles = self._roles(prompts)
-        if self.kind == "pooled":
+        if self.kind == "resample":
+            return self._drawn(prompts, roles)
+        if self.index_from is None:
             return roles.clamp(min=0)
-        return self._drawn(prompts, roles)
+        return torch.where(roles < 0, self._by_index(prompts), roles)
 
-    def _check_index(self, prompts: PromptBatch) -> None:
-        assert self.outputs is not None
-        n_rows, length = self.outputs.shape[1], prompts.tokens.shape[1]
+    def _by_index(self, prompts: PromptBatch) -> Tensor:
+        assert self.outputs is not None and self.index_from is not None
+        n_rows, length = self.outputs.shape[1] - self.index_from, prompts.tokens.shape[1]
         if not bool(prompts.mask[:, 0].all()):
             raise InputError("Ablation needs prompts padded on the right, where positions line up.")
         if length > n_rows:
@@ -144,6 +150,8 @@ class Ablation(Result):
                 f"The prompts have {length} tokens, the ablation values only {n_rows} positions; "
                 "take the values from prompts of the same form."
             )
+        tokens = torch.arange(length, device=prompts.tokens.device)
+        return (self.index_from + tokens).expand(len(prompts), -1)
 
     def _roles(self, prompts: PromptBatch) -> Tensor:
         """Each token's role, counted as this ablation counts them."""
@@ -157,7 +165,8 @@ class Ablation(Result):
         number: list[int] = []
         for index, name in enumerate(prompts.role_names):
             known = self.role_names.index(name) if name in self.role_names else NO_ROLE
-            if known not in there and bool((prompts.roles == index).any()):
+            needed = known not in there and self.index_from is None
+            if needed and bool((prompts.roles == index).any()):
                 raise InputError(
                     f"The {self.kind} ablation knows no token of role {name!r}; make it from "
                     "prompts of the same form."

@@ -1,5 +1,7 @@
 """Making ablations: what heads and MLPs put out on other prompts, by role or by token index."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,7 +13,7 @@ from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
 from tl_entity.ranks import gathered, share_of, summed
-from tl_entity.tasks.batches import PromptBatch
+from tl_entity.tasks.batches import NO_ROLE, PromptBatch
 
 BATCH_SIZE = 32
 """Prompts run together where nothing else is said."""
@@ -20,7 +22,12 @@ BATCH_SIZE = 32
 @checked
 @torch.no_grad()
 def pooled_ablation(
-    model: Model, prompts: PromptBatch, *, mlps: bool = False, batch_size: int = BATCH_SIZE
+    model: Model,
+    prompts: PromptBatch,
+    *,
+    roles: Sequence[str] | None = None,
+    mlps: bool = False,
+    batch_size: int = BATCH_SIZE,
 ) -> Ablation:
     """Ablate to the mean over all tokens of the same role, in all prompts.
 
@@ -31,39 +38,41 @@ def pooled_ablation(
     Args:
         model: the model.
         prompts: other prompts of the same form as those to be ablated, with roles.
+        roles: pool only tokens of these roles and take the mean by token index elsewhere, to see
+            what the paper's ablation leaves at them; all if left out.
         mlps: also record what MLPs put out, so that they can be ablated too.
         batch_size: prompts run together.
 
     Raises:
-        InputError: if the prompts have no roles.
+        InputError: if the prompts have no roles, or not those named.
     """
-    roles = _roles(prompts)
-    prompts = prompts.to(model.cfg.device or "cpu")
-    counts = torch.stack([(roles == role).sum() for role in range(len(prompts.role_names))])
-    present = counts.nonzero()[:, 0]
-    number = torch.full((len(counts) + 1,), -1)
-    number[present] = torch.arange(len(present))
-    sums: dict[str, Tensor] = {}
-    share = share_of(len(prompts))
-    for chunk in prompts[share.rows].chunks(batch_size):
-        row = number[_roles(chunk)].flatten()
-        # A process without a share of its own runs a prompt that does not count.
-        there = ((row >= 0) & (share.n > 0)).nonzero()[:, 0]
-        for name, outputs in record(model, chunk, _points(model, mlps)).items():
-            flat = outputs.flatten(0, 1).flatten(1).to(torch.float64)
-            at = there.to(flat.device)
-            if name not in sums:
-                sums[name] = flat.new_zeros(len(present), flat.shape[1])
-            sums[name].index_add_(0, row[there].to(flat.device), flat[at])
-    n = counts[present][:, None]
-    means = {name: summed(total) / n.to(total.device) for name, total in sums.items()}
-    heads, of_mlps = _tables(model, means)
+    of_tokens = _roles(prompts)
+    names = tuple(name for name in prompts.role_names if bool(prompts.where(name).any()))
+    unknown = set(roles or ()) - set(names)
+    if unknown:
+        raise InputError(
+            f"The prompts have no token of role {', '.join(sorted(unknown))}; they have those of "
+            f"{', '.join(names)}."
+        )
+    names = names if roles is None else tuple(name for name in names if name in roles)
+    row_of_role = torch.full((len(prompts.role_names) + 1,), NO_ROLE)
+    row_of_role[[prompts.role_names.index(name) for name in names]] = torch.arange(len(names))
+    rows = row_of_role[of_tokens]
+    if roles is None:
+        n_rows = len(names)
+    else:
+        _check_right(prompts)
+        index = torch.arange(len(names), len(names) + rows.shape[1])
+        rows = torch.where((rows < 0) & prompts.mask.cpu(), index, rows)
+        n_rows = len(names) + rows.shape[1]
+    heads, of_mlps = _mean_by_row(model, prompts, rows, n_rows, mlps=mlps, batch_size=batch_size)
     return Ablation(
         kind="pooled",
         outputs=heads,
         mlp_outputs=of_mlps,
-        role_names=tuple(prompts.role_names[role] for role in present.tolist()),
-        row_roles=torch.arange(len(present)),
+        role_names=names,
+        row_roles=torch.tensor([*range(len(names)), *[NO_ROLE] * (n_rows - len(names))]),
+        index_from=None if roles is None else len(names),
     )
 
 
@@ -175,21 +184,46 @@ def mean_head_outputs(
         n, length = tokens.shape
         last = torch.full((n,), length - 1, device=tokens.device)
         tokens = PromptBatch(tokens, torch.zeros_like(last), {"last": last})
-    if not bool(tokens.mask[:, 0].all()):
-        raise InputError("Mean head outputs need prompts padded on the right, not the left.")
-    tokens = tokens.to(model.cfg.device or "cpu")
-    points = _points(model, mlps=False)
+    _check_right(tokens)
+    n_pos = tokens.tokens.shape[1]
+    rows = torch.where(tokens.mask.cpu(), torch.arange(n_pos), -1)
+    return _mean_by_row(model, tokens, rows, n_pos, mlps=False, batch_size=batch_size)[0]
+
+
+def _mean_by_row(
+    model: Model,
+    prompts: PromptBatch,
+    rows: Int[Tensor, "batch pos"],
+    n_rows: int,
+    *,
+    mlps: bool,
+    batch_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Mean head and MLP outputs over the tokens of each row; those of row -1 are left out.
+    Processes share the prompts."""
+    prompts = prompts.to(model.cfg.device or "cpu")
+    share = share_of(len(prompts))
     sums: dict[str, Tensor] = {}
-    share = share_of(len(tokens))
-    for chunk in tokens[share.rows].chunks(batch_size):
-        there = chunk.mask[:, :, None, None] & (share.n > 0)
-        for name, z in record(model, chunk, points).items():
-            total = (z.to(torch.float64) * there.to(z.device)).sum(0)
-            sums[name] = sums[name] + total if name in sums else total
-    sums = {name: summed(total) for name, total in sums.items()}
-    counts = tokens.mask.sum(0).clamp(min=1)[:, None, None]
-    means = [sums[name].to(counts.device) / counts for name in points]
-    return torch.stack(means).to(model.cfg.dtype)
+    parts = zip(
+        prompts[share.rows].chunks(batch_size), rows[share.rows].split(batch_size), strict=True
+    )
+    for chunk, row in parts:
+        # A process without a share of its own runs a prompt that does not count.
+        there = ((row >= 0) & (share.n > 0)).flatten().nonzero()[:, 0]
+        for name, outputs in record(model, chunk, _points(model, mlps)).items():
+            flat = outputs.flatten(0, 1).flatten(1).to(torch.float64)
+            if name not in sums:
+                sums[name] = flat.new_zeros(n_rows, flat.shape[1])
+            counted = flat[there.to(flat.device)]
+            sums[name].index_add_(0, row.flatten()[there].to(flat.device), counted)
+    counts = rows[rows >= 0].bincount(minlength=n_rows).clamp(min=1)[:, None]
+    means = {name: summed(total) / counts.to(total.device) for name, total in sums.items()}
+    return _tables(model, means)
+
+
+def _check_right(prompts: PromptBatch) -> None:
+    if not bool(prompts.mask[:, 0].all()):
+        raise InputError("Mean head outputs need prompts padded on the right, not the left.")
 
 
 def _points(model: Model, mlps: bool) -> dict[str, str | slice | None]:

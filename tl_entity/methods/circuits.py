@@ -272,7 +272,7 @@ def evaluate_circuits(
         raise InputError(f"{len(circuits)} circuits can't have heads removed {len(gone)} times.")
     edited = [*circuits, *(heads for heads in gone if heads is not None)]
     _check_evaluation(model, prompts, edited)
-    ablated = _ablation(model, ablation, mean_outputs)
+    ablated = ablation_of(model, ablation, mean_outputs)
     by_token = all(
         name in prompts.positions or not heads
         for some in edited
@@ -324,7 +324,7 @@ def evaluate_removals(
     kept.
     """
     _check_evaluation(model, prompts, removed)
-    ablated = _ablation(model, ablation, mean_outputs)
+    ablated = ablation_of(model, ablation, mean_outputs)
     by_name = [heads_by_position(heads) for heads in removed]
     names = [name for at in by_name for name, heads in at.items() if heads]
     heads_of = [[head for some in at.values() for head in some] for at in by_name]
@@ -417,7 +417,7 @@ def judge(logits: Float[Tensor, "batch d_vocab"], prompts: PromptBatch) -> Evalu
     )
 
 
-def _ablation(model: Model, ablation: Ablation | None, mean_outputs: Tensor | None) -> Ablation:
+def ablation_of(model: Model, ablation: Ablation | None, mean_outputs: Tensor | None) -> Ablation:
     """What ablated heads put out, from one of the two ways to say it."""
     if ablation is not None and mean_outputs is not None:
         raise InputError("Give an ablation or mean_outputs, not both: they are two ways to ablate.")

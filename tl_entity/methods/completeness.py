@@ -1,5 +1,5 @@
-"""Is a circuit all there is? The circuit and the model must lose as much by the same heads
-(Prakash et al. 2024, §3.3)."""
+"""Is a circuit all there is? The circuit and the model must lose as much by the same heads (after
+Prakash et al. 2024, §3.3)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,16 +12,18 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Head, without
+from tl_entity.heads import Circuit, Head
+from tl_entity.hooks.ablations import Ablation, AblationKind
 from tl_entity.methods.circuits import (
     BATCH_SIZE,
     Evaluation,
+    ablation_of,
     evaluate_circuits,
     evaluate_removals,
 )
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Interval, paired_difference_interval
+from tl_entity.stats import Interval, paired_difference_interval, paired_loss_interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -41,61 +43,95 @@ class Removal:
         heads: K, by named position.
         of_circuit: F(C \\ K), accuracy of the circuit without K.
         of_model: F(M \\ K), accuracy of the model without K.
-        difference_interval: 95 % interval of F(C \\ K) - F(M \\ K), prompts compared in pairs.
+        circuit_loss: F(C) - F(C \\ K).
+        model_loss: F(M) - F(M \\ K).
+        circuit_loss_interval: 95 % interval of the circuit's loss, prompts compared in pairs.
+        model_loss_interval: the same of the model's.
+        interval: 95 % interval of the circuit's loss less the model's, on the same prompts.
     """
 
     name: str
     heads: Mapping[str, tuple[Head, ...]]
     of_circuit: Evaluation
     of_model: Evaluation
-    difference_interval: Interval
+    circuit_loss: float
+    model_loss: float
+    circuit_loss_interval: Interval
+    model_loss_interval: Interval
+    interval: Interval
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        heads: Mapping[str, tuple[Head, ...]],
+        whole: tuple[Evaluation, Evaluation],
+        left: tuple[Evaluation, Evaluation],
+    ) -> "Removal":
+        """From circuit and model, with nothing removed and without K."""
+        before, after = ([found.correct.cpu().numpy() for found in both] for both in (whole, left))
+        pairs = list(zip(before, after, strict=True))
+        losses = [one.accuracy - other.accuracy for one, other in zip(whole, left, strict=True)]
+        intervals = [paired_difference_interval(*pair) for pair in pairs]
+        return cls(name, heads, *left, *losses, *intervals, paired_loss_interval(*pairs))
 
     def __str__(self) -> str:
         return (
-            f"without {self.name or 'nothing'}: circuit {self.of_circuit.accuracy:.3f} "
-            f"{self.of_circuit.interval}, model {self.of_model.accuracy:.3f} "
-            f"{self.of_model.interval}, of {len(self.of_model)} prompts"
+            f"without {self.name or 'nothing'}: circuit {self.of_circuit.accuracy:.3f}, "
+            f"{self.circuit_loss:.3f} {self.circuit_loss_interval} less; model "
+            f"{self.of_model.accuracy:.3f}, {self.model_loss:.3f} {self.model_loss_interval} less; "
+            f"of {len(self.of_model)} prompts"
         )
 
     @property
     def difference(self) -> float:
-        """F(C \\ K) - F(M \\ K): below zero where the model has means that the circuit lacks."""
-        return self.of_circuit.accuracy - self.of_model.accuracy
+        """The circuit's loss less the model's: above zero where the model has heads that stand in
+        for K and that the circuit lacks."""
+        return self.circuit_loss - self.model_loss
 
     @property
     def incompleteness(self) -> float:
-        """|F(C \\ K) - F(M \\ K)|; 0 for a complete circuit."""
+        """How far the losses are apart; 0 for a complete circuit."""
         return abs(self.difference)
+
+    @property
+    def published_incompleteness(self) -> float:
+        """|F(C \\ K) - F(M \\ K)|, the paper's, in which what the circuit lacks with nothing
+        removed counts too."""
+        return abs(self.of_circuit.accuracy - self.of_model.accuracy)
 
 
 @dataclass(frozen=True)
 class Completeness(Result):
     """How alike circuit and model are when heads are taken from both.
 
-    Each removal is a point of a scatter plot, the model's accuracy against the circuit's; those of
-    a complete circuit lie on the line y = x.
+    Each removal is a point of a scatter plot, the model's loss against the circuit's; those of a
+    complete circuit lie on the line y = x.
 
     Attributes:
         whole: with nothing removed: F(C) and F(M).
-        groups: each group of the circuit removed.
+        groups: each group of the circuit removed, if it has any heads.
         random: random heads of the circuit removed.
         seed: what these were drawn by.
+        ablation: the kind of ablation.
     """
 
     whole: Removal
     groups: tuple[Removal, ...]
     random: tuple[Removal, ...]
     seed: int
+    ablation: AblationKind
 
     def __str__(self) -> str:
         return (
             f"incompleteness {_mean(self.groups):.3f} over {len(self.groups)} groups, "
-            f"{_mean(self.random):.3f} over {len(self.random)} random sets of heads"
+            f"{_mean(self.random):.3f} over {len(self.random)} random sets of heads "
+            f"({self.ablation} ablation)"
         )
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a removal: what kind it is, how many heads, both accuracies with counts and
-        intervals, and their difference."""
+        """One row a removal: what kind it is, how many heads, both accuracies with counts, both
+        losses, and their difference, with intervals; and the paper's incompleteness."""
         import pandas as pd
 
         kinds = {"whole": (self.whole,), "group": self.groups, "random": self.random}
@@ -106,18 +142,17 @@ class Completeness(Result):
                     "removed": removal.name,
                     "n_heads": sum(len(heads) for heads in removal.heads.values()),
                     "n_prompts": len(removal.of_model),
-                    "circuit_correct": int(removal.of_circuit.correct.sum()),
-                    "circuit_accuracy": removal.of_circuit.accuracy,
-                    "circuit_low": removal.of_circuit.interval.low,
-                    "circuit_high": removal.of_circuit.interval.high,
-                    "model_correct": int(removal.of_model.correct.sum()),
-                    "model_accuracy": removal.of_model.accuracy,
-                    "model_low": removal.of_model.interval.low,
-                    "model_high": removal.of_model.interval.high,
+                    **_columns("circuit", removal.of_circuit, removal.circuit_loss),
+                    "circuit_loss_low": removal.circuit_loss_interval.low,
+                    "circuit_loss_high": removal.circuit_loss_interval.high,
+                    **_columns("model", removal.of_model, removal.model_loss),
+                    "model_loss_low": removal.model_loss_interval.low,
+                    "model_loss_high": removal.model_loss_interval.high,
                     "incompleteness": removal.incompleteness,
                     "difference": removal.difference,
-                    "difference_low": removal.difference_interval.low,
-                    "difference_high": removal.difference_interval.high,
+                    "difference_low": removal.interval.low,
+                    "difference_high": removal.interval.high,
+                    "published_incompleteness": removal.published_incompleteness,
                 }
                 for kind, removals in kinds.items()
                 for removal in removals
@@ -125,31 +160,28 @@ class Completeness(Result):
         )
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
-        """Accuracy of the model against that of the circuit, a point for each removal; those of a
+        """What the model loses against what the circuit loses, a point for each removal; those of a
         complete circuit lie on the dashed line."""
         from tl_entity.plots.bars import Bar
-        from tl_entity.plots.curves import Point, accuracy_scatter
+        from tl_entity.plots.curves import Point, loss_scatter
 
         kinds = {
-            "nothing removed": (self.whole,),
             "a group removed": self.groups,
             "random heads of the circuit removed": self.random,
         }
         points = [
             Point(
                 removal.name,
-                Bar(removal.of_model.accuracy, *removal.of_model.interval),
-                Bar(removal.of_circuit.accuracy, *removal.of_circuit.interval),
+                Bar(removal.model_loss, *removal.model_loss_interval),
+                Bar(removal.circuit_loss, *removal.circuit_loss_interval),
                 kind,
             )
             for kind, removals in kinds.items()
             for removal in removals
         ]
-        return accuracy_scatter(
+        return loss_scatter(
             points,
-            title="Circuit and model without the same heads K" if title is None else title,
-            x_axis="accuracy of the model without K",
-            y_axis="accuracy of the circuit without K",
+            title="What circuit and model lose by the same heads" if title is None else title,
         )
 
 
@@ -159,7 +191,8 @@ def completeness(
     prompts: PromptBatch,
     circuit: Circuit,
     *,
-    mean_outputs: Float[Tensor, "layer pos head d_head"],
+    ablation: Ablation | None = None,
+    mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
     seed: int,
     n_random: int = 20,
     random_size: int | None = None,
@@ -168,21 +201,26 @@ def completeness(
     memory: int | None = None,
     progress: Callable[[int], object] = lambda runs: None,
 ) -> Completeness:
-    """|F(C \\ K) - F(M \\ K)| for K each group of the circuit and random heads of it (Prakash et
-    al. 2024, §3.3).
+    """Does a circuit lose as much as the model by the same heads K, for K each group of the circuit
+    and random heads of it?
 
-    F(C \\ K) is the accuracy with every head at every token ablated but those of the circuit, less
-    K, at their own positions; F(M \\ K) is the accuracy with only K ablated. Ablated heads put out
-    their means.
+    The circuit's loss is F(C) - F(C \\ K): F(C) is the accuracy with every head at every token
+    ablated but those of the circuit at their own positions. The model's loss is F(M) - F(M \\ K),
+    with only K ablated. A circuit that lacks heads which stand in for K loses more than the model.
+    What the circuit lacks with nothing removed, F(M) - F(C), is its faithfulness and counts for
+    nothing here; the paper's |F(C \\ K) - F(M \\ K)| (Prakash et al. 2024, §3.3), in which it
+    does, is `published_incompleteness`. A circuit that keeps little accuracy has little to lose, so
+    completeness says nothing of one that is not faithful.
 
     Random K are heads of the circuit at their positions, drawn without replacement. How many is
     drawn first, each number from one to one less than the circuit has being equally likely, unless
-    `random_size` says.
+    `random_size` says. A group without heads is no removal.
 
     Args:
         model: the model.
         prompts: the prompts.
         circuit: the circuit C.
+        ablation: as in `evaluate`.
         mean_outputs: as in `evaluate`.
         seed: of the random heads.
         n_random: how many random K.
@@ -191,39 +229,40 @@ def completeness(
         batch_size: prompts run together, at most.
         memory: bytes that intermediate results may take; found from the device if left out.
         progress: called with the number of runs done since the last call, where one K on one prompt
-            is two runs; there are 2 * (1 + number of groups + n_random) * len(prompts).
+            is two runs; there are 2 * (1 + groups with heads + n_random) * len(prompts).
 
     Raises:
         InputError: as `evaluate`; if the random sets can't have that many heads, or the circuit has
             none to draw.
     """
-    removed: dict[str, dict[str, tuple[Head, ...]]] = {"": {}}
-    removed |= {group.name: {group.position: group.heads} for group in circuit}
-    drawn = random_parts(circuit, n_random, size=random_size, seed=seed)
+    removed: list[tuple[str, Mapping[str, tuple[Head, ...]]]] = [("", {})]
+    removed += [(group.name, {group.position: group.heads}) for group in circuit if group.heads]
     n_groups = len(removed)
-    parts = [*removed.items(), *((f"random {i}", part) for i, part in enumerate(drawn))]
+    drawn = random_parts(circuit, n_random, size=random_size, seed=seed)
+    removed += [(f"random {i}", part) for i, part in enumerate(drawn)]
+    ablated = ablation_of(model, ablation, mean_outputs)
     how: dict[str, Any] = {
-        "mean_outputs": mean_outputs,
+        "ablation": ablated,
         "engine": engine,
         "batch_size": batch_size,
         "memory": memory,
         "progress": progress,
     }
-    of_circuit = evaluate_circuits(
-        model, prompts, [without(circuit, heads) for _, heads in parts], **how
-    )
-    of_model = evaluate_removals(model, prompts, [heads for _, heads in parts], **how)
+    parts = [heads for _, heads in removed]
+    of_circuit = evaluate_circuits(model, prompts, [circuit] * len(parts), removed=parts, **how)
+    of_model = evaluate_removals(model, prompts, parts, **how)
+    whole = (of_circuit[0], of_model[0])
     removals = [
-        Removal(
-            name,
-            heads,
-            left,
-            rest,
-            paired_difference_interval(left.correct.cpu().numpy(), rest.correct.cpu().numpy()),
-        )
-        for (name, heads), left, rest in zip(parts, of_circuit, of_model, strict=True)
+        Removal.of(name, heads, whole, left)
+        for (name, heads), left in zip(removed, zip(of_circuit, of_model, strict=True), strict=True)
     ]
-    return Completeness(removals[0], tuple(removals[1:n_groups]), tuple(removals[n_groups:]), seed)
+    return Completeness(
+        whole=removals[0],
+        groups=tuple(removals[1:n_groups]),
+        random=tuple(removals[n_groups:]),
+        seed=seed,
+        ablation=ablated.kind,
+    )
 
 
 @checked
@@ -269,6 +308,17 @@ def random_parts(
             part[position] = (*part.get(position, ()), head)
         parts.append(part)
     return parts
+
+
+def _columns(name: str, found: Evaluation, loss: float) -> dict[str, float]:
+    low, high = found.interval
+    return {
+        f"{name}_correct": int(found.correct.sum()),
+        f"{name}_accuracy": found.accuracy,
+        f"{name}_low": low,
+        f"{name}_high": high,
+        f"{name}_loss": loss,
+    }
 
 
 def _mean(removals: tuple[Removal, ...]) -> float:

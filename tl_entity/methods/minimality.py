@@ -12,8 +12,9 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Group, Head, HeadsAt, without
-from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_circuits
+from tl_entity.heads import Circuit, Group, Head, HeadsAt
+from tl_entity.hooks.ablations import Ablation, AblationKind
+from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, ablation_of, evaluate_circuits
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
 from tl_entity.stats import Bootstrap, Interval
@@ -83,6 +84,7 @@ class Minimality(Result):
         threshold: what a score must reach.
         largest_share: the share of a group that K may have.
         seed: of the bootstrap.
+        ablation: the kind of ablation.
     """
 
     circuit: Circuit
@@ -94,6 +96,7 @@ class Minimality(Result):
     threshold: float
     largest_share: float
     seed: int
+    ablation: AblationKind
 
     def __str__(self) -> str:
         return (
@@ -145,7 +148,8 @@ def minimality(
     prompts: PromptBatch,
     circuit: Circuit,
     *,
-    mean_outputs: Float[Tensor, "layer pos head d_head"],
+    ablation: Ablation | None = None,
+    mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
     seed: int,
     threshold: float = THRESHOLD,
     largest_share: float = LARGEST_SHARE,
@@ -176,6 +180,8 @@ def minimality(
         model: the model.
         prompts: the prompts.
         circuit: the circuit C.
+        ablation: as in `evaluate`. It decides which heads seem needed: the paper's mean by token
+            index leaves a head that only tells which token it is all that it does.
         mean_outputs: as in `evaluate`.
         seed: of the bootstrap intervals.
         threshold: the score that a head must reach to be kept.
@@ -192,22 +198,21 @@ def minimality(
     if not 0 <= largest_share <= 1:
         raise InputError(f"The largest share of a group is from 0 to 1, not {largest_share}.")
     positions = {group.name: group.position for group in circuit}
+    ablated = ablation_of(model, ablation, mean_outputs)
     found: dict[Part, Evaluation] = {}
 
     def evaluate_parts(parts: Sequence[Part]) -> None:
         new = [part for part in dict.fromkeys(parts) if part not in found]
-        left = [
-            without(circuit, {positions[name]: tuple(sorted(heads))}) if heads else circuit
-            for name, heads in new
-        ]
-        found.update(zip(new, evaluate_all(left), strict=True))
+        gone = [{positions[name]: tuple(sorted(heads))} for name, heads in new]
+        found.update(zip(new, evaluate_all([circuit] * len(new), gone), strict=True))
 
-    def evaluate_all(circuits: Sequence[Circuit | HeadsAt]) -> list[Evaluation]:
+    def evaluate_all(circuits: Sequence[Circuit], gone: Sequence[HeadsAt]) -> list[Evaluation]:
         return evaluate_circuits(
             model,
             prompts,
             circuits,
-            mean_outputs=mean_outputs,
+            removed=gone,
+            ablation=ablated,
             engine=engine,
             batch_size=batch_size,
             memory=memory,
@@ -215,7 +220,7 @@ def minimality(
         )
 
     # With nothing removed every group means the same circuit, which is evaluated once.
-    (of_circuit,) = evaluate_all([circuit])
+    (of_circuit,) = evaluate_all([circuit], [{}])
     found.update({(group.name, frozenset()): of_circuit for group in circuit})
     evaluate_parts(
         [
@@ -250,7 +255,7 @@ def minimality(
             for group in circuit
         )
     )
-    (of_minimal,) = evaluate_all([minimal])
+    (of_minimal,) = evaluate_all([minimal], [{}])
     return Minimality(
         circuit=circuit,
         minimal=minimal,
@@ -261,6 +266,7 @@ def minimality(
         threshold=threshold,
         largest_share=largest_share,
         seed=seed,
+        ablation=ablated.kind,
     )
 
 

@@ -1,4 +1,4 @@
-"""Curves of accuracy over layers, and one accuracy against another."""
+"""Curves of accuracy over layers, and the losses of a circuit against those of the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class Curve:
 @checked
 @dataclass(frozen=True)
 class Point:
-    """Two accuracies of one thing.
+    """Two losses by one thing.
 
     Attributes:
         name: what was removed.
-        x: accuracy of the whole model without it.
-        y: accuracy of the circuit without it.
+        x: accuracy that the whole model loses by it.
+        y: accuracy that the circuit loses by it.
         series: what it belongs to, which gives the colour.
     """
 
@@ -104,12 +104,16 @@ def layer_curves(
 
 
 @checked
-def accuracy_scatter(points: Sequence[Point], *, title: str, x_axis: str, y_axis: str) -> go.Figure:
-    """One accuracy against another, with intervals and the line on which both are equal."""
+def loss_scatter(points: Sequence[Point], *, title: str) -> go.Figure:
+    """What a circuit loses against what the model loses, with intervals and the line on which both
+    are equal."""
+    bars = [bar for point in points for bar in (point.x, point.y)]
+    low = min([0.0, *(bar.low for bar in bars)]) - 0.02
+    high = max([0.1, *(bar.high for bar in bars)]) + 0.02
     figure = go.Figure()
     figure.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
+        x=[low, high],
+        y=[low, high],
         mode="lines",
         line={"color": FAINT, "dash": "dash", "width": 1},
         name="equal",
@@ -138,8 +142,13 @@ def accuracy_scatter(points: Sequence[Point], *, title: str, x_axis: str, y_axis
         height=480,
         margin={"l": 60, "r": 20, "t": 50, "b": 95},
     )
-    figure.update_xaxes(title_text=x_axis, range=[-0.02, 1.02], showgrid=True, gridcolor="#eceff2")
-    figure.update_yaxes(title_text=y_axis, range=[-0.02, 1.02])
+    figure.update_xaxes(
+        title_text="accuracy that the model loses",
+        range=[low, high],
+        showgrid=True,
+        gridcolor="#eceff2",
+    )
+    figure.update_yaxes(title_text="accuracy that the circuit loses", range=[low, high])
     return figure
 
 
