@@ -1,8 +1,8 @@
 """Finding a circuit back to front, one path patching a group (Prakash et al. 2024, §3.2)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
@@ -44,20 +44,28 @@ ENTITY_TRACKING_STAGES: tuple[Stage, ...] = (
 """The four stages by which the paper finds the entity-tracking circuit."""
 
 
+Overlaps = Literal["stronger", "later"]
+"""Which of two groups at one position a head belongs to that both choose: the one for which there
+is stronger evidence, or the one found later (the paper's choice)."""
+
+
 @dataclass(frozen=True)
 class Discovery(Result):
-    """A circuit and the scores it was chosen by.
+    """A circuit, the scores it was chosen by, and how it was looked for.
 
     Attributes:
-        circuit: the heads found. A head chosen in two groups at one position belongs to the group
-            found later, the one further from the output.
+        circuit: the heads found.
         scores: the path patching of each group.
         receivers: the heads of each group that later stages patched into.
+        stages: what was looked for, in order.
+        candidates: the heads that each group chose, those that another one got among them.
     """
 
     circuit: Circuit
     scores: Mapping[str, HeadScores]
     receivers: Mapping[str, tuple[Head, ...]]
+    stages: tuple[Stage, ...] = ENTITY_TRACKING_STAGES
+    candidates: Mapping[str, tuple[Head, ...]] = field(default_factory=dict[str, tuple[Head, ...]])
 
     def __str__(self) -> str:
         return str(self.circuit)
@@ -87,7 +95,8 @@ class Discovery(Result):
         return pd.concat(parts, ignore_index=True).drop(columns=["layer", "index", "chosen"])
 
     def plot(self, *, known: Circuit | None = None, title: str = "Path patching") -> "go.Figure":
-        """Every group's score map, with the heads chosen outlined.
+        """Every group's score map, with the heads chosen outlined; dashed are those that the group
+        chose too and another one at its position has.
 
         Args:
             known: heads to mark with a dot, by group.
@@ -100,6 +109,9 @@ class Discovery(Result):
             self.scores[group.name].panel(
                 chosen=group.heads,
                 known=dots.get(group.name, ()),
+                elsewhere=[
+                    head for head in self.candidates.get(group.name, ()) if head not in group.heads
+                ],
                 title=f"{group.name}: {self._path(group.name)}",
             )
             for group in self.circuit
@@ -133,13 +145,10 @@ class Discovery(Result):
 
     def _receiving_group(self, name: str) -> str | None:
         """The group that a group was found by; None for the logits."""
-        receivers = self.scores[name].receivers
-        if receivers is None:
-            return None
-        for other, heads in self.receivers.items():
-            if heads == receivers:
-                return other
-        raise InputError(f"{name} was found by heads that are the receivers of no group here.")
+        for stage in self.stages:
+            if stage.group == name:
+                return stage.into
+        raise InputError(f"No stage of this discovery finds a group {name}.")
 
     def _path(self, name: str) -> str:
         found, into = self.scores[name], self._receiving_group(name)
@@ -155,6 +164,7 @@ def discover_circuit(
     sizes: Mapping[str, int],
     receiver_sizes: Mapping[str, int] | None = None,
     stages: Sequence[Stage] = ENTITY_TRACKING_STAGES,
+    overlaps: Overlaps = "stronger",
     engine: Engine = "exact",
     batch_size: int | None = None,
     memory: int | None = None,
@@ -164,8 +174,9 @@ def discover_circuit(
     """Find a circuit stage by stage (Prakash et al. 2024, §3.2).
 
     Each stage scores all heads by path patching into the logits or into heads found before, and
-    keeps the most important ones. Only heads that can reach a receiver are ever chosen, so a group
-    can come out smaller than asked for.
+    keeps the most important ones, of those whose 95 % interval lies below zero. So a group can come
+    out smaller than asked for, and even empty; nothing can then be found by patching into it. (A
+    single pair has no interval, and heads are chosen by score alone.)
 
     Args:
         model: the model.
@@ -174,6 +185,9 @@ def discover_circuit(
         receiver_sizes: how many of a group, the most important first, the next stage patches into;
             for groups left out, as many as it keeps.
         stages: what is found, in order; the paper's four by default.
+        overlaps: which group has a head that two at one position choose: "stronger", the one in
+            whose scores it lies more standard errors below zero, or "later", the one further from
+            the output (the paper's).
         engine: as in `path_patch`.
         batch_size: as in `path_patch`.
         memory: as in `path_patch`.
@@ -204,25 +218,45 @@ def discover_circuit(
             progress=progress,
         )
         scores[stage.group] = found
-        receivers[stage.group] = found.top(receiver_sizes.get(stage.group, sizes[stage.group]))
-    return Discovery(choose_heads(scores, sizes, stages), scores, receivers)
+        receivers[stage.group] = found.found(receiver_sizes.get(stage.group, sizes[stage.group]))
+    return Discovery(
+        circuit=choose_heads(scores, sizes, stages, overlaps=overlaps),
+        scores=scores,
+        receivers=receivers,
+        stages=tuple(stages),
+        candidates={stage.group: scores[stage.group].found(sizes[stage.group]) for stage in stages},
+    )
 
 
 @checked
 def choose_heads(
-    scores: Mapping[str, HeadScores], sizes: Mapping[str, int], stages: Sequence[Stage]
+    scores: Mapping[str, HeadScores],
+    sizes: Mapping[str, int],
+    stages: Sequence[Stage],
+    *,
+    overlaps: Overlaps = "stronger",
 ) -> Circuit:
-    """The circuit of each stage's most important heads. A head that two groups at one position both
-    choose counts for the later stage, and the earlier group is the smaller for it."""
-    groups: list[Group] = []
-    for stage in reversed(stages):
-        taken = [
-            head for group in groups if group.position == stage.position for head in group.heads
-        ]
-        chosen = scores[stage.group].top(sizes[stage.group])
-        kept = tuple(head for head in chosen if head not in taken)
-        groups.append(Group(stage.group, stage.position, kept))
-    return Circuit(tuple(reversed(groups)))
+    """The circuit of each stage's most important heads, of those whose interval lies below zero. A
+    head that two groups at one position choose belongs to one of them, as `overlaps` says, and the
+    other is the smaller for it."""
+    chosen = {stage.group: scores[stage.group].found(sizes[stage.group]) for stage in stages}
+
+    def owner(head: Head, position: str) -> str:
+        rivals = [s.group for s in stages if s.position == position and head in chosen[s.group]]
+        if overlaps == "later":
+            return rivals[-1]
+        return max(rivals, key=lambda group: scores[group].evidence[head])
+
+    return Circuit(
+        tuple(
+            Group(
+                stage.group,
+                stage.position,
+                tuple(h for h in chosen[stage.group] if owner(h, stage.position) == stage.group),
+            )
+            for stage in stages
+        )
+    )
 
 
 @checked

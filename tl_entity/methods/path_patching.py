@@ -21,7 +21,7 @@ from tl_entity.hooks.points import HeadInput, check_heads
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
-from tl_entity.stats import mean_intervals
+from tl_entity.stats import Z_95, mean_intervals
 from tl_entity.tasks.batches import PairBatch
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class HeadScores(Result):
         *,
         chosen: int | Sequence[Head] = 5,
         known: Sequence[Head] = (),
+        elsewhere: Sequence[Head] = (),
         title: str | None = None,
     ) -> "HeadMap":
         """What `plot` shows, to be put beside others by `tl_entity.plots.heatmaps`."""
@@ -141,6 +142,7 @@ class HeadScores(Result):
             intervals=self.intervals,
             chosen=tuple(chosen),
             known=tuple(known),
+            elsewhere=tuple(elsewhere),
             top_layer=self.top_layer,
         )
 
@@ -171,6 +173,24 @@ class HeadScores(Result):
             for head in range(self.per_example.shape[1])
         ]
         return sorted(heads, key=lambda head: (scores[head.layer][head.head], head))
+
+    @property
+    def evidence(self) -> Float64[np.ndarray, "layer head"]:
+        """How far each mean score lies below zero, in standard errors; of a single pair, which has
+        no spread, how far the score itself does."""
+        mean = -self.scores.double().cpu().numpy()
+        if self.per_example.shape[-1] < 2:
+            return mean
+        error = (self.intervals[..., 1] - self.intervals[..., 0]) / (2 * Z_95)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(mean == 0, 0.0, mean / error)
+
+    def found(self, n: int) -> tuple[Head, ...]:
+        """Those of the `n` most important heads whose 95 % interval lies below zero; of a single
+        pair, which has no interval, those whose score does."""
+        single = self.per_example.shape[-1] < 2
+        high = self.scores.double().cpu().numpy() if single else self.intervals[..., 1]
+        return tuple(head for head in self.top(n) if high[head.layer, head.head] < 0)
 
     def top(self, n: int, *, exclude: Collection[Head] = ()) -> tuple[Head, ...]:
         """The `n` most important heads, less those excluded; fewer if no more can reach."""

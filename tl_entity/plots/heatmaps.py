@@ -54,6 +54,7 @@ class HeadMap:
         intervals: lower and upper bound of each score.
         chosen: heads outlined.
         known: heads known to matter, marked by a dot.
+        elsewhere: heads chosen that belong to another group, outlined by dashes.
         top_layer: heads in this layer and above are hatched, as they cannot reach the receivers.
     """
 
@@ -62,6 +63,7 @@ class HeadMap:
     intervals: Float[np.ndarray, "layer head 2"] | None = None
     chosen: tuple[Head, ...] = ()
     known: tuple[Head, ...] = ()
+    elsewhere: tuple[Head, ...] = ()
     top_layer: int | None = None
 
 
@@ -272,8 +274,14 @@ def _add_panel(
             ),
             **place,
         )
-    if panel.chosen:
-        figure.add_trace(_outlines(panel.chosen, width=2.5 if heads <= 32 else 1.5), **place)
+    for name, some, dash in (
+        ("chosen", panel.chosen, "solid"),
+        ("chosen, in another group", panel.elsewhere, "dot"),
+    ):
+        if some:
+            width = 2.5 if heads <= 32 else 1.5
+            outlines = _outlines(some, {"color": "#000000", "width": width, "dash": dash}, name)
+            figure.add_trace(outlines, **place)
     if panel.known:
         figure.add_trace(
             go.Scatter(
@@ -318,7 +326,7 @@ def _add_panel(
     )
 
 
-def _outlines(heads: Sequence[Head], width: float) -> go.Scatter:
+def _outlines(heads: Sequence[Head], line: dict[str, Any], name: str) -> go.Scatter:
     """A square round each head, drawn in the units of the axes so that it fits at every size."""
     x: list[float | None] = []
     y: list[float | None] = []
@@ -335,11 +343,11 @@ def _outlines(heads: Sequence[Head], width: float) -> go.Scatter:
         x=x,
         y=y,
         mode="lines",
-        line={"color": "#000000", "width": width},
+        line=line,
         hoverinfo="skip",
         showlegend=False,
         cliponaxis=False,
-        name="chosen",
+        name=name,
     )
 
 
@@ -357,6 +365,7 @@ def _hover(panel: HeadMap) -> list[list[str]]:
                 low, high = panel.intervals[layer, index]
                 lines.append(f"95 % interval {low:+.4f} to {high:+.4f}")
             lines += ["chosen"] * (head in panel.chosen) + ["planted"] * (head in panel.known)
+            lines += ["chosen, belongs to another group"] * (head in panel.elsewhere)
             row.append("<br>".join(lines))
         texts.append(row)
     return texts
