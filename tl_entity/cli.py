@@ -193,6 +193,14 @@ def _add_study_options(command: "_OneLineParser") -> None:
         help="how many random circuits to compare with (default: 10)",
     )
     add(
+        "--ablation",
+        choices=("pooled", "resample", "index", "zero"),
+        default="pooled",
+        help="what ablated heads put out: the mean over all tokens of the same role (pooled, the "
+        "default), another prompt's output at such a token (resample), the mean at the token's index "
+        "(index, the paper's, which is always shown beside), or nothing (zero)",
+    )
+    add(
         "--mask-pairs",
         type=_whole_number(4),
         default=400,
@@ -488,6 +496,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         receiver_sizes=options.receiver_sizes
         and dict(zip(GROUPS[:-1], options.receiver_sizes, strict=True)),
         random_circuits=options.random_circuits,
+        ablation=options.ablation,
         mask_pairs=options.mask_pairs,
         sparsities=options.sparsity,
         mask_seeds=options.mask_seeds,

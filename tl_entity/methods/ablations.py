@@ -9,7 +9,7 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.hooks.ablations import Ablation
+from tl_entity.hooks.ablations import Ablation, AblationKind
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
 from tl_entity.ranks import gathered, share_of, summed
@@ -157,6 +157,27 @@ def zero_ablation() -> Ablation:
     needed.
     """
     return Ablation("zero", None)
+
+
+@checked
+def make_ablation(
+    model: Model,
+    prompts: PromptBatch,
+    kind: AblationKind,
+    *,
+    seed: int = 0,
+    mlps: bool = False,
+    batch_size: int = BATCH_SIZE,
+) -> Ablation:
+    """The ablation of a kind that is known by name; arguments and errors are those of its function.
+    Means by token index are of heads alone, whatever `mlps` says."""
+    if kind == "pooled":
+        return pooled_ablation(model, prompts, mlps=mlps, batch_size=batch_size)
+    if kind == "resample":
+        return resample_ablation(model, prompts, seed=seed, mlps=mlps, batch_size=batch_size)
+    if kind == "index":
+        return index_ablation(model, prompts, batch_size=batch_size)
+    return zero_ablation()
 
 
 @checked

@@ -11,14 +11,16 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Head, HeadsAt
+from tl_entity.heads import Circuit, Head
+from tl_entity.hooks.ablations import Ablation, AblationKind
+from tl_entity.methods.ablations import make_ablation
 from tl_entity.methods.attention import summarize_attention
 from tl_entity.methods.circuits import (
     BATCH_SIZE,
     Evaluation,
     Faithfulness,
     evaluate,
-    mean_head_outputs,
+    evaluate_circuits,
     random_circuits,
     recall_by_group,
 )
@@ -93,7 +95,7 @@ class Bench:
     store: Store
     progress: Progress = silent
     seeds: dict[str, int] = field(default_factory=dict)
-    _means: Tensor | None = None
+    _ablations: dict[AblationKind, Ablation] = field(default_factory=dict[AblationKind, Ablation])
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -111,21 +113,21 @@ class Bench:
         return self.store.step(f"{self.role}_{name}", {**self.inputs, **inputs}, compute)
 
     def test_prompts(self) -> PromptBatch:
-        """Prompts that neither discovery nor the mean outputs have seen."""
+        """Prompts that neither discovery nor the ablation has seen."""
         s = self.settings
         return box_prompts(
             self.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("faithfulness")
         )
 
-    def mean_outputs(self) -> Tensor:
-        """Mean head outputs over prompts with other objects, labels and query labels."""
-        if self._means is None:
-            s = self.settings
-            others = discovery_pairs(
-                self.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("ablation")
-            ).corrupt
-            self._means = mean_head_outputs(self.model, others, batch_size=self.batch_size)
-        return self._means
+    def ablation(self, kind: AblationKind) -> Ablation:
+        """An ablation from prompts with other objects, labels and query labels."""
+        if kind not in self._ablations:
+            s, seed = self.settings, self.seed("ablation")
+            others = discovery_pairs(self.tokenizer, s.prompts, n_boxes=s.boxes, seed=seed).corrupt
+            self._ablations[kind] = make_ablation(
+                self.model, others, kind, seed=seed, batch_size=self.batch_size
+            )
+        return self._ablations[kind]
 
     @property
     def batch_size(self) -> int:
@@ -133,14 +135,11 @@ class Bench:
         few = (self.model.cfg.n_params or SMALL_MODEL) < SMALL_MODEL
         return self.settings.batch_size or (SMALL_MODEL_BATCH if few else BATCH_SIZE)
 
-    def evaluate(self, prompts: PromptBatch, keep: Circuit | HeadsAt | None = None) -> Evaluation:
-        """The model's answers, or those of a circuit of it."""
-        means = None if keep is None else self.mean_outputs()
+    def evaluate(self, prompts: PromptBatch) -> Evaluation:
+        """The model's answers."""
         return evaluate(
             self.model,
             prompts,
-            keep=keep,
-            mean_outputs=means,
             engine=self.settings.engine,
             batch_size=self.batch_size,
             memory=self.settings.memory_bytes,
@@ -315,10 +314,16 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
     """
     s = bench.settings
     seeds = {what: bench.seed(what) for what in ("faithfulness", "ablation", "bootstrap", "random")}
-    asked = {"prompts": s.prompts, "boxes": s.boxes, "seeds": seeds}
+    asked = {"prompts": s.prompts, "boxes": s.boxes, "seeds": seeds, "ablation": s.ablation}
+    cfg = bench.model.cfg
+    drawn = random_circuits(bench.model, circuit, s.random_circuits, seed=seeds["random"])
+    every = [Head(n, h) for n in range(cfg.n_layers) for h in range(cfg.n_heads)]
+    # Every head at the circuit's positions is a reference, not a bound: heads can hinder.
+    alone = [circuit, dict.fromkeys(circuit.heads_at(), every), *others.values(), *drawn]
+    kinds = dict.fromkeys((s.ablation, "index"))
 
-    def scored(circuit: Circuit | HeadsAt, whole: Evaluation) -> Record:
-        found = Faithfulness.of(bench.evaluate(prompts, circuit), whole, seed=seeds["bootstrap"])
+    def scored(of_circuit: Evaluation, whole: Evaluation) -> Record:
+        found = Faithfulness.of(of_circuit, whole, seed=seeds["bootstrap"])
         return {
             "circuit": accuracy_record(found.of_circuit),
             "model": accuracy_record(found.of_model),
@@ -326,35 +331,42 @@ def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Ci
             "interval": [number_record(end) for end in found.interval],
         }
 
+    def under(kind: AblationKind, whole: Evaluation, done: Count) -> Record:
+        found = evaluate_circuits(
+            bench.model,
+            prompts,
+            alone,
+            ablation=bench.ablation(kind),
+            engine=s.engine,
+            batch_size=bench.batch_size,
+            memory=s.memory_bytes,
+            progress=done,
+        )
+        n_others = 2 + len(others)
+        accuracies = [evaluation.accuracy for evaluation in found[n_others:]]
+        return {
+            **scored(found[0], whole),
+            "every_head": scored(found[1], whole),
+            "other_circuits": {
+                role: scored(one, whole) for role, one in zip(others, found[2:], strict=False)
+            },
+            "random": {
+                "accuracies": accuracies,
+                "mean": sum(accuracies) / len(accuracies) if accuracies else None,
+                "lowest": min(accuracies, default=None),
+                "highest": max(accuracies, default=None),
+                "circuits": [groups_record(control) for control in drawn],
+            },
+        }
+
     def compute() -> Outcome:
-        runs = (3 + len(others) + s.random_circuits) * len(prompts)
+        runs = (1 + len(kinds) * len(alone)) * len(prompts)
         with bench.progress(f"{bench.role}: faithfulness", runs) as done:
             whole = bench.evaluate(prompts)
             done(len(prompts))
-            record = scored(circuit, whole)
-            done(len(prompts))
-            # What no circuit at these positions can exceed: the rest of the mechanism is elsewhere.
-            cfg = bench.model.cfg
-            every = [Head(n, h) for n in range(cfg.n_layers) for h in range(cfg.n_heads)]
-            record["every_head"] = scored(dict.fromkeys(circuit.heads_at(), every), whole)
-            done(len(prompts))
-            record["other_circuits"] = {}
-            for role, other in others.items():
-                record["other_circuits"][role] = scored(other, whole)
-                done(len(prompts))
-            drawn = random_circuits(bench.model, circuit, s.random_circuits, seed=seeds["random"])
-            accuracies = []
-            for control in drawn:
-                accuracies.append(bench.evaluate(prompts, control).accuracy)
-                done(len(prompts))
-        record["random"] = {
-            "accuracies": accuracies,
-            "mean": sum(accuracies) / len(accuracies) if accuracies else None,
-            "lowest": min(accuracies, default=None),
-            "highest": max(accuracies, default=None),
-            "circuits": [groups_record(control) for control in drawn],
-        }
-        return record, {}
+            found = {kind: under(kind, whole, done) for kind in kinds}
+        # The paper's ablation beside the one that is asked for.
+        return {**found[s.ablation], "ablation": s.ablation, "by_index": found["index"]}, {}
 
     prompts = bench.test_prompts()
     inputs = {

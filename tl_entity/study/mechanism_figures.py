@@ -11,7 +11,7 @@ from tl_entity.methods.activation_patching import UNPATCHED
 from tl_entity.methods.cmap import OUTPUT, WHOLE_CIRCUIT
 from tl_entity.plots.bars import Bar, add_level, grouped_bars, overlap_bars
 from tl_entity.plots.circuit_diagram import Edge, Node, circuit_diagram
-from tl_entity.plots.curves import Curve, Point, accuracy_scatter, layer_curves
+from tl_entity.plots.curves import Curve, Point, layer_curves, loss_scatter
 from tl_entity.plots.heatmaps import share_heatmap
 from tl_entity.study.figures import LETTERS, accuracy_bar, position_words
 from tl_entity.study.settings import GROUPS
@@ -122,7 +122,6 @@ def _carries(model: dict[str, Any], heads: str, record: dict[str, Any]) -> go.Fi
 
 
 _REMOVED = {
-    "whole": "nothing removed",
     "group": "a group removed",
     "random": "random heads of the circuit removed",
 }
@@ -132,17 +131,15 @@ def _completeness(model: dict[str, Any]) -> go.Figure:
     points = [
         Point(
             group_words(entry["removed"]),
-            accuracy_bar(entry["model"]),
-            accuracy_bar(entry["circuit"]),
+            Bar(entry["model_loss"], *entry["model_loss_interval"]),
+            Bar(entry["circuit_loss"], *entry["circuit_loss_interval"]),
             _REMOVED[entry["kind"]],
         )
         for entry in model["completeness"]["entries"]
+        if entry["kind"] != "whole"
     ]
-    return accuracy_scatter(
-        points,
-        title=f"{model['label']}: the circuit and the whole model without the same heads",
-        x_axis="accuracy of the model without K",
-        y_axis="accuracy of the circuit without K",
+    return loss_scatter(
+        points, title=f"{model['label']}: what circuit and model lose by the same heads"
     )
 
 

@@ -134,10 +134,16 @@ def _information(content: dict[str, Any], figures: dict[str, go.Figure], tables:
 def _completeness(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> str:
     return (
         "<p>The same heads K are ablated in the whole model and in the circuit. A circuit that has "
-        "all that matters loses as much as the model does: the points lie on the line. Far below "
-        "it, the model has heads that stand in for those removed and that the circuit lacks.</p>"
+        "all that matters loses as much as the model does: the points lie on the line. Far above "
+        "it, the model has heads that stand in for those removed and that the circuit lacks. Far "
+        "below it, the circuit had little to lose: what it lacks with nothing removed is its "
+        "faithfulness, and is not counted here again.</p>"
         + "".join(
-            figure_element(figures, f"{role}_completeness", "95 % Wilson intervals.")
+            figure_element(
+                figures,
+                f"{role}_completeness",
+                "95 % intervals of losses on the same prompts (Bonett and Price).",
+            )
             for role in roles
         )
         + "<details><summary>As a table</summary>"
@@ -147,7 +153,9 @@ def _completeness(roles: list[str], figures: dict[str, go.Figure], tables: Any) 
                 "model": "model",
                 "removed": "K",
                 "circuit_without": "circuit without K",
+                "circuit_loses": "loses",
                 "model_without": "model without K",
+                "model_loses": "loses",
                 "difference": "difference",
                 "low": "low",
                 "high": "high",
@@ -166,7 +174,10 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
     return (
         "<p>For each head, other heads of its group are removed first, those that stand in for one "
         "another; what removing the head itself then costs, relative to what is left, is its "
-        f"minimality. From 1 % up a head is kept. {'; '.join(counts)}.</p>"
+        f"minimality. From 1 % up a head is kept. {'; '.join(counts)}. Of a circuit that alone "
+        "answers hardly more than by guessing, this tells nothing. The paper's ablation, by token "
+        "index, is in the table too: under it a head that only tells which token it is seems "
+        "needless.</p>"
         + "".join(
             figure_element(
                 figures,
@@ -182,6 +193,7 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
             tables["minimality"],
             {
                 "model": "model",
+                "ablation": "ablation",
                 "group": "group",
                 "head": "head",
                 "removed_first": "removed first",

@@ -3,8 +3,9 @@
 import math
 
 from tl_entity.heads import Circuit
+from tl_entity.hooks.ablations import AblationKind
 from tl_entity.methods.completeness import Removal, completeness
-from tl_entity.methods.minimality import LARGEST_SHARE, HeadMinimality, minimality
+from tl_entity.methods.minimality import LARGEST_SHARE, HeadMinimality, Minimality, minimality
 from tl_entity.study.experiments import Bench, accuracy_record, groups_record, heads_record
 from tl_entity.study.store import Outcome, Record, number_record
 
@@ -18,13 +19,14 @@ def measure_completeness(bench: Bench, circuit: Circuit) -> Record:
     prompts = bench.test_prompts()
 
     def compute() -> Outcome:
-        runs = 2 * (1 + len(circuit.groups) + RANDOM_PARTS) * len(prompts)
+        n_groups = sum(bool(group.heads) for group in circuit)
+        runs = 2 * (1 + n_groups + RANDOM_PARTS) * len(prompts)
         with bench.progress(f"{bench.role}: completeness", runs) as done:
             found = completeness(
                 bench.model,
                 prompts,
                 circuit,
-                mean_outputs=bench.mean_outputs(),
+                ablation=bench.ablation(bench.settings.ablation),
                 seed=seed,
                 n_random=RANDOM_PARTS,
                 engine=bench.settings.engine,
@@ -34,11 +36,12 @@ def measure_completeness(bench: Bench, circuit: Circuit) -> Record:
             )
         kinds = {"whole": (found.whole,), "group": found.groups, "random": found.random}
         return {
+            "ablation": found.ablation,
             "entries": [
                 _removal_record(kind, removal)
                 for kind, removals in kinds.items()
                 for removal in removals
-            ]
+            ],
         }, {}
 
     asked = {**_tested_on(bench, circuit), "seed": seed, "random": RANDOM_PARTS}
@@ -56,7 +59,8 @@ def measure_minimality(bench: Bench, circuit: Circuit) -> Record:
             n * (n + 1) // 2 + 2 * n * math.ceil(LARGEST_SHARE * n)
             for n in (len(group.heads) for group in circuit)
         )
-        most, shown = (2 + parts) * len(prompts), 0
+        kinds = dict.fromkeys((bench.settings.ablation, "index"))
+        most, shown = len(kinds) * (2 + parts) * len(prompts), 0
         with bench.progress(f"{bench.role}: minimality", most) as done:
 
             def count(runs: int) -> None:
@@ -64,24 +68,25 @@ def measure_minimality(bench: Bench, circuit: Circuit) -> Record:
                 shown += runs
                 done(runs)
 
-            found = minimality(
-                bench.model,
-                prompts,
-                circuit,
-                mean_outputs=bench.mean_outputs(),
-                seed=seed,
-                engine=bench.settings.engine,
-                batch_size=bench.batch_size,
-                memory=bench.settings.memory_bytes,
-                progress=count,
-            )
+            def under(kind: AblationKind) -> Record:
+                return _minimality_record(
+                    minimality(
+                        bench.model,
+                        prompts,
+                        circuit,
+                        ablation=bench.ablation(kind),
+                        seed=seed,
+                        engine=bench.settings.engine,
+                        batch_size=bench.batch_size,
+                        memory=bench.settings.memory_bytes,
+                        progress=count,
+                    )
+                )
+
+            found = {kind: under(kind) for kind in kinds}
             done(most - shown)
-        return {
-            "entries": [_head_record(head) for head in found.heads],
-            "circuit": accuracy_record(found.of_circuit),
-            "minimal": accuracy_record(found.of_minimal),
-            "minimal_circuit": groups_record(found.minimal),
-        }, {}
+        # The paper's ablation beside the one that is asked for.
+        return {**found[bench.settings.ablation], "by_index": found["index"]}, {}
 
     return bench.step("minimality", {**_tested_on(bench, circuit), "seed": seed}, compute)[0]
 
@@ -93,7 +98,7 @@ def _tested_on(bench: Bench, circuit: Circuit) -> Record:
         "prompts": s.prompts,
         "boxes": s.boxes,
         "test": bench.seed("faithfulness"),
-        "ablation": bench.seed("ablation"),
+        "ablation": [bench.settings.ablation, bench.seed("ablation")],
         "engine": s.engine,
     }
 
@@ -105,8 +110,23 @@ def _removal_record(kind: str, removal: Removal) -> Record:
         "heads": {position: heads_record(heads) for position, heads in removal.heads.items()},
         "circuit": accuracy_record(removal.of_circuit),
         "model": accuracy_record(removal.of_model),
+        "circuit_loss": removal.circuit_loss,
+        "circuit_loss_interval": list(removal.circuit_loss_interval),
+        "model_loss": removal.model_loss,
+        "model_loss_interval": list(removal.model_loss_interval),
         "difference": removal.difference,
-        "difference_interval": list(removal.difference_interval),
+        "difference_interval": list(removal.interval),
+        "published_incompleteness": removal.published_incompleteness,
+    }
+
+
+def _minimality_record(found: Minimality) -> Record:
+    return {
+        "ablation": found.ablation,
+        "entries": [_head_record(head) for head in found.heads],
+        "circuit": accuracy_record(found.of_circuit),
+        "minimal": accuracy_record(found.of_minimal),
+        "minimal_circuit": groups_record(found.minimal),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tl_entity.heads import Head
+from tl_entity.hooks.ablations import LEAVES
 from tl_entity.plots.render import figure_html, plotly_script
 from tl_entity.study.figures import (
     LETTERS,
@@ -31,6 +32,7 @@ from tl_entity.study.mechanism_report import mechanism_sections, verdict_section
 from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURACY
 from tl_entity.study.settings import GROUPS
 from tl_entity.study.store import with_circuit
+from tl_entity.study.tables import scores_by_ablation
 from tl_entity.study.verdict import headline
 
 PLANTED_NOTE = (
@@ -169,7 +171,8 @@ def _lead(content: dict[str, Any]) -> str:
     if tested:
         html += (
             '<p class="soft">Alone: with all other heads ablated, at every token. What every head '
-            "at the circuit's tokens lacks is done at other tokens.</p>"
+            "at the circuit's tokens lacks is done at other tokens, or undone by some of these "
+            "heads.</p>"
         )
     if content["verdict"]:
         said = escape(headline(content["verdict"]))
@@ -262,60 +265,46 @@ def _circuit(content: dict[str, Any], role: str, figures: dict[str, go.Figure]) 
 def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
     rows = []
     for model in content["models"].values():
-        found = model["faithfulness"]
-        name = escape(model["label"])
-        rows.append([name, "whole model", share_text(found["model"]), ""])
-        rows.append(
-            [
-                name,
-                f"its circuit ({_size(model)} heads)",
-                share_text(found["circuit"]),
-                ratio_text(found),
-            ]
-        )
-        rows.append(
-            [
-                name,
-                "every head at the circuit's positions",
-                share_text(found["every_head"]["circuit"]),
-                ratio_text(found["every_head"]),
-            ]
-        )
-        for other, score in found["other_circuits"].items():
+        found, name = model["faithfulness"], escape(model["label"])
+        rows.append([name, "none", "whole model", share_text(found["model"]), ""])
+        for ablation, kept, score in scores_by_ablation(found):
+            what = f"{kept} ({_size(model)} heads)" if kept == "its circuit" else kept
             rows.append(
-                [
-                    name,
-                    f"circuit of the {escape(other)} model",
-                    share_text(score["circuit"]),
-                    ratio_text(score),
-                ]
+                [name, ablation, escape(what), share_text(score["circuit"]), ratio_text(score)]
             )
-        control = found["random"]
-        if control["accuracies"]:
-            whole = found["model"]["accuracy"]
-            ratio = f"{control['mean'] / whole:.3f}" if whole else NO_VALUE
-            rows.append(
-                [
-                    name,
-                    f"{len(control['accuracies'])} random circuits of these sizes",
-                    f"{control['mean']:.3f} (from {control['lowest']:.3f} to "
-                    f"{control['highest']:.3f})",
-                    ratio,
-                ]
-            )
+        for ablation, part in {found["ablation"]: found, "index": found["by_index"]}.items():
+            if part["random"]["accuracies"]:
+                rows.append([name, ablation, *_random_cells(part)])
     prompts = content["settings"]["prompts"]
+    left = "".join(
+        f"<li><b>{kind}</b>: leaves {LEAVES[kind]}</li>"
+        for kind in dict.fromkeys((content["settings"]["ablation"], "index"))
+    )
     return (
         f"<p>On {prompts} prompts that discovery has not seen: accuracy with every head outside "
-        "the circuit set to its mean output, at every token; and the circuit's own heads too, "
-        "except at their own position. Faithfulness is this accuracy over the whole model's. No "
-        "circuit at these positions can be expected to do better than every head kept there.</p>"
+        "the circuit ablated, at every token; and the circuit's own heads too, except at their own "
+        "position. Faithfulness is this accuracy over the whole model's. Two of these positions "
+        "depend on what is asked, so heads there are told where to look. Every head at the "
+        "circuit's positions is a reference, no bound: some of them may hinder.</p>"
+        f"<p>What the output of an ablated head is replaced by decides what it still tells:</p>"
+        f"<ul>{left}</ul>"
         + figure_element(
             figures,
             "faithfulness",
-            "95 % Wilson intervals; for random circuits, from the lowest to the highest.",
+            f"Ablation: {content['settings']['ablation']}. 95 % Wilson intervals; for random "
+            "circuits, from the lowest to the highest.",
         )
-        + table(["model", "what is left", "accuracy", "faithfulness"], rows)
+        + table(["model", "ablation", "what is left", "accuracy", "faithfulness"], rows)
     )
+
+
+def _random_cells(found: dict[str, Any]) -> list[str]:
+    control, whole = found["random"], found["model"]["accuracy"]
+    return [
+        f"{len(control['accuracies'])} random circuits of these sizes",
+        f"{control['mean']:.3f} (from {control['lowest']:.3f} to {control['highest']:.3f})",
+        f"{control['mean'] / whole:.3f}" if whole else NO_VALUE,
+    ]
 
 
 def _same_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:

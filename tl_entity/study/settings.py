@@ -10,6 +10,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import GIB
 from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
+from tl_entity.hooks.ablations import AblationKind
 from tl_entity.models.registry import planted_circuit
 
 GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
@@ -77,6 +78,8 @@ class Settings:
         receiver_sizes: heads of each of the first three groups that the next stage patches into;
             None for all that were planted, or else the paper's share of the group.
         random_circuits: how many, as control.
+        ablation: what ablated heads put out (`tl_entity.hooks.ablations`). The paper's, by token
+            index, is shown beside it.
         mask_pairs: pairs that DCM trains, chooses and tests each mask on.
         sparsities: prices of a head in DCM's loss, each tried (the paper's alone: §4.1).
         mask_seeds: draws of pairs that DCM learns a mask from, each by itself.
@@ -106,6 +109,7 @@ class Settings:
     sizes: Mapping[str, int] | None = None
     receiver_sizes: Mapping[str, int] | None = None
     random_circuits: int = 10
+    ablation: AblationKind = "pooled"
     mask_pairs: int = 400
     sparsities: tuple[float, ...] = (0.01,)
     mask_seeds: int = 1

@@ -107,17 +107,20 @@ def _circuit_rows(model: Mapping[str, Any]) -> list[Row]:
 
 def _faithfulness_rows(model: Mapping[str, Any]) -> list[Row]:
     found = model["faithfulness"]
-    scored = {
-        "its circuit": found,
-        "every head at its positions": found["every_head"],
-        **{f"circuit of {other}": score for other, score in found["other_circuits"].items()},
-    }
-    rows = [{"model": model["label"], "kept": "everything", **_share(found["model"])}]
-    for kept, score in scored.items():
+    rows = [
+        {
+            "model": model["label"],
+            "ablation": "none",
+            "kept": "everything",
+            **_share(found["model"]),
+        }
+    ]
+    for ablation, kept, score in scores_by_ablation(found):
         low, high = score["interval"]
         rows.append(
             {
                 "model": model["label"],
+                "ablation": ablation,
                 "kept": kept,
                 **_share(score["circuit"]),
                 "faithfulness": score["faithfulness"],
@@ -126,6 +129,20 @@ def _faithfulness_rows(model: Mapping[str, Any]) -> list[Row]:
             }
         )
     return rows
+
+
+def scores_by_ablation(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """What is left of a model, under the ablation that was asked for and the paper's: the ablation,
+    what is kept, and its faithfulness."""
+    return [
+        (ablation, kept, score)
+        for ablation, part in {found["ablation"]: found, "index": found["by_index"]}.items()
+        for kept, score in {
+            "its circuit": part,
+            "every head at its positions": part["every_head"],
+            **{f"circuit of {role}": score for role, score in part["other_circuits"].items()},
+        }.items()
+    ]
 
 
 def _mask_rows(model: Mapping[str, Any]) -> list[Row]:
@@ -171,7 +188,9 @@ def _completeness_rows(model: Mapping[str, Any]) -> list[Row]:
             "removed": entry["removed"],
             "heads": "; ".join(f"{at}: {heads_text(h)}" for at, h in entry["heads"].items()),
             "circuit_without": entry["circuit"]["accuracy"],
+            "circuit_loses": entry["circuit_loss"],
             "model_without": entry["model"]["accuracy"],
+            "model_loses": entry["model_loss"],
             "difference": entry["difference"],
             "low": entry["difference_interval"][0],
             "high": entry["difference_interval"][1],
@@ -181,9 +200,11 @@ def _completeness_rows(model: Mapping[str, Any]) -> list[Row]:
 
 
 def _minimality_rows(model: Mapping[str, Any]) -> list[Row]:
+    found = model["minimality"]
     return [
         {
             "model": model["label"],
+            "ablation": part["ablation"],
             "group": entry["group"],
             "head": str(Head(*entry["head"])),
             "removed_first": heads_text(entry["removed"]),
@@ -194,7 +215,8 @@ def _minimality_rows(model: Mapping[str, Any]) -> list[Row]:
             "high": entry["interval"][1],
             "kept": entry["kept"],
         }
-        for entry in model["minimality"]["entries"]
+        for part in {found["ablation"]: found, "index": found["by_index"]}.values()
+        for entry in part["entries"]
     ]
 
 

@@ -34,8 +34,8 @@ HALF_FAITHFUL = 0.5
 """Below this faithfulness more of the mechanism lies outside the circuit than in it."""
 
 INCOMPLETE = 0.1
-"""A circuit lacks something if it differs from the model without the same heads by more than this
-accuracy; less than a tenth may be the ablation's doing."""
+"""A circuit lacks something if it loses more than this accuracy more, or less, than the model by the
+same heads; less than a tenth may be the ablation's doing."""
 
 MOST_OF_GAIN = 0.5
 """A gain can be put down to one group only if this group brings at least this share of it: with
@@ -46,7 +46,7 @@ RULES = (
     "with its whole interval. Heads are the same if the Jaccard index is at least "
     f"{MOSTLY:g} and the overlap is beyond chance (p below {SIGNIFICANT:g}). A circuit is the "
     f"mechanism if its faithfulness is at least {FAITHFUL:g} and beyond every random circuit, and "
-    f"it is nowhere more than {INCOMPLETE:g} from the model without the same heads; it is not if "
+    f"it nowhere loses {INCOMPLETE:g} more or less than the model by the same heads; it is not if "
     f"its faithfulness is below {HALF_FAITHFUL:g}; of two models the weaker answer counts. A "
     "circuit does as well as another if it is beyond every random circuit and the difference can't "
     f"be more than {1 - AS_GOOD:.0%} of the other's faithfulness. A group carries the kind of "
@@ -227,16 +227,17 @@ def _alone(name: str, model: Mapping[str, Any]) -> Alone:
         f"Run alone, the circuit of {name} keeps {share} of its accuracy; {_beside_chance(chance)}."
     )
     if "every_head" in found:
-        # What no circuit at these tokens can exceed.
+        # A reference, no bound: heads can hinder.
         every = found["every_head"]
         text += (
             f" All heads at the circuit's tokens keep {_number(every['faithfulness'])} "
             f"{_interval(every['interval'])}."
         )
-    if removals:
+    # A circuit that keeps little has little to lose.
+    if removals and high >= HALF_FAITHFUL:
         text += (
-            f" Of {len(removals)} removals of the same heads from circuit and model, {len(apart)} "
-            f"leave them more than {INCOMPLETE:g} apart beyond doubt"
+            f" By {len(apart)} of {len(removals)} removals of the same heads, circuit and model lose "
+            f"amounts more than {INCOMPLETE:g} apart beyond doubt"
         )
         text += f", most of all {_farthest(apart)}." if apart else "."
     return Alone(name, answer, share, faithful, text)
@@ -245,10 +246,10 @@ def _alone(name: str, model: Mapping[str, Any]) -> Alone:
 def _completeness(
     model: Mapping[str, Any],
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """The removals that were tried, and those after which circuit and model differ."""
+    """The removals that were tried, and those by which circuit and model lose different amounts."""
     if "completeness" not in model:
         return [], []
-    # With nothing removed it is the faithfulness once more.
+    # With nothing removed, nothing is lost.
     removals = [e for e in model["completeness"]["entries"] if e["kind"] != "whole"]
     apart: list[Mapping[str, Any]] = []
     for entry in removals:
@@ -262,8 +263,9 @@ def _farthest(apart: Sequence[Mapping[str, Any]]) -> str:
     entry = max(apart, key=lambda entry: abs(entry["difference"]))
     what = "some of its heads" if entry["kind"] == "random" else group_words(entry["removed"])
     return (
-        f"without {what}: circuit {_share(entry['circuit'])}, model {_share(entry['model'])}, a "
-        f"difference of {entry['difference']:+.3f} {_interval(entry['difference_interval'])}"
+        f"without {what} the circuit loses {entry['circuit_loss']:.3f} and the model "
+        f"{entry['model_loss']:.3f}, a difference of {entry['difference']:+.3f} "
+        f"{_interval(entry['difference_interval'])}"
     )
 
 
@@ -287,8 +289,8 @@ def _reserve(found: Sequence[Alone], answer: Answer) -> str:
     lacks = f"so part of the mechanism of {where} lies outside them"
     if all(each.faithful for each in short):
         return (
-            f"though these heads by themselves carry {shares}, circuit and model differ once the "
-            f"same heads are removed from both, {lacks}"
+            f"though these heads by themselves carry {shares}, circuit and model lose different "
+            f"amounts by the same heads, {lacks}"
         )
     return f"by themselves these heads carry {shares}, {lacks}"
 
