@@ -197,8 +197,8 @@ def _add_study_options(command: "_OneLineParser") -> None:
         choices=("pooled", "resample", "index", "zero"),
         default="pooled",
         help="what ablated heads put out: the mean over all tokens of the same role (pooled, the "
-        "default), another prompt's output at such a token (resample), the mean at the token's index "
-        "(index, the paper's, which is always shown beside), or nothing (zero)",
+        "default), another prompt's output at such a token (resample), the mean at the token's "
+        "index (index, the paper's, which is always shown beside), or nothing (zero)",
     )
     add(
         "--mask-pairs",

@@ -46,7 +46,9 @@ def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
         judged("value_fetcher", [1, 1], 2.0, [1.5, "infinite"]),
         judged("pos_detector", [0, 2], "infinite", [4.0, "infinite"]),
     ]
-    found = results(models={"base": model(minimality={"entries": entries})})
+    minimality = {"ablation": "pooled", "entries": entries}
+    both = {**minimality, "by_index": {"ablation": "index", "entries": entries[:1]}}
+    found = results(models={"base": model(minimality=both)})
     ends, says = {}, []
     for trace in mechanism_figures(found)["base_minimality"].data:
         for i, name in enumerate(trace.x):
@@ -55,7 +57,9 @@ def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
             says.append(trace.customdata[i])
     assert ends == {"L1H0": (0.2, 0.5, 3.0), "L1H1 ↑": (1.5, 2.0, 3.0), "L0H2 ∞": (3.0, 3.0, 3.0)}
     assert says[1:] == ["200.0% [150.0%, ∞]", "∞ [400.0%, ∞]"]
-    assert tables_of(found)["minimality"]["high"].tolist() == [3.0, "infinite", "infinite"]
+    table = tables_of(found)["minimality"]
+    assert table["high"].tolist() == [3.0, "infinite", "infinite", 3.0]
+    assert table["ablation"].tolist() == [*["pooled"] * 3, "index"]
 
 
 def overlap(jaccard, low, high):

@@ -14,7 +14,8 @@ from tests.models.test_adapters import adapt
 from tests.study.helpers import N_HEADS, N_LAYERS, save_tiny_model
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head
-from tl_entity.methods.circuits import evaluate, mean_head_outputs
+from tl_entity.methods.ablations import mean_head_outputs, pooled_ablation
+from tl_entity.methods.circuits import evaluate
 from tl_entity.methods.cmap import cmap
 from tl_entity.methods.knockout import knock_out_attention
 from tl_entity.methods.path_patching import path_patch
@@ -231,15 +232,21 @@ def test_experiments_are_the_methods(settings, results):
     assert [found["accuracy"] for found in curve["layers"]] == pytest.approx(accuracy.tolist())
     circuit = Circuit.entity_tracking(**record["circuit"])
     others = discovery_pairs(base.tokenizer, 6, n_boxes=3, seed=seeds["ablation"]).corrupt
-    means = mean_head_outputs(base, others)
+    pooled = pooled_ablation(base, others)
     without_group = {"last": circuit.value_fetcher}
     entry = record["completeness"]["entries"][1]
     assert entry["removed"] == "value_fetcher"
     for side, how in (("circuit", {"keep": circuit}), ("model", {})):
         found = evaluate(
-            base, prompts, **how, remove=without_group, mean_outputs=means, engine="hooks"
+            base, prompts, **how, remove=without_group, ablation=pooled, engine="hooks"
         )
         assert entry[side]["correct"] == int(found.correct.sum())
+    # The paper's ablation stands beside the pooled one.
+    means = mean_head_outputs(base, others)
+    alone = record["faithfulness"]
+    for shown, how in ((alone, {"ablation": pooled}), (alone["by_index"], {"mean_outputs": means})):
+        found = evaluate(base, prompts, keep=circuit, **how, engine="hooks")
+        assert shown["circuit"]["correct"] == int(found.correct.sum())
     brought = results["cmap"]["tuned_into_base"]["entries"][0]
     found = cmap(base, tuned, prompts, without_group, engine="hooks")
     assert (brought["group"], brought["correct"]) == ("value_fetcher", int(found.correct.sum()))
@@ -249,7 +256,9 @@ def test_tables_are_written_for_people_and_machines(done, results):
     folder = done[0] / "tables"
     table = pd.read_csv(folder / "minimality.csv")
     assert len(table) == sum(
-        len(model["minimality"]["entries"]) for model in results["models"].values()
+        len(part["entries"])
+        for model in results["models"].values()
+        for part in (model["minimality"], model["minimality"]["by_index"])
     )
     lines = (folder / "verdict.md").read_text().splitlines()
     assert lines[0] == "| question | answer | text |"

@@ -38,7 +38,8 @@ def carries(kind_of):
 def removal(kind, removed, difference, low, high):
     return {
         "kind": kind, "removed": removed, "draw": 0, "heads": 2,
-        "circuit": share(0.4 + difference, 0.3, 0.5), "model": share(0.4, 0.3, 0.5),
+        "circuit": share(0.7 - difference, 0.6, 0.8), "model": share(0.8, 0.7, 0.9),
+        "circuit_loss": 0.1 + difference, "model_loss": 0.1,
         "difference": difference, "difference_interval": [low, high],
     }  # fmt: skip
 
@@ -55,7 +56,7 @@ def model():
         },
         "completeness": {
             "entries": [
-                removal("whole", "nothing", -0.2, -0.3, -0.15),
+                removal("whole", "nothing", 0.0, -0.03, 0.03),
                 removal("group", "value_fetcher", -0.05, -0.11, 0.01),
                 removal("random", "random heads", 0.02, -0.05, 0.09),
             ]
@@ -130,7 +131,7 @@ def test_better_by_the_same_mechanism(results):
     assert finding(results, SAME_HEADS)["figure"] == "comparison"
     assert "0.90 [0.800, 1.000] of the fine-tuned model's circuit" in texts[SAME_HEADS]
     assert texts[MECHANISM].count("keeps 0.95 [0.900, 0.980] of its accuracy") == 2
-    assert "Of 2 removals" in texts[MECHANISM]
+    assert "By 0 of 2 removals" in texts[MECHANISM]
     assert texts[GAIN].startswith("A value_fetcher brings the most, and costs the most")
 
 
@@ -214,11 +215,11 @@ def test_heads_that_do_little_alone_are_not_called_the_mechanism(
 
 def test_a_circuit_that_differs_once_heads_are_removed_is_a_part(results):
     entries = results["models"]["tuned"]["completeness"]["entries"]
-    entries[1] = removal("group", "value_fetcher", -0.3, -0.4, -0.2)
+    entries[1] = removal("group", "value_fetcher", 0.3, 0.2, 0.4)
     found = finding(results, MECHANISM)
     assert found["answer"] == "partly"
-    assert "without A value_fetcher: circuit 0.100" in found["text"]
-    assert "once the same heads are removed from both" in headline(verdict(results))
+    assert "without A value_fetcher the circuit loses 0.400 and the model 0.100" in found["text"]
+    assert "lose different amounts by the same heads" in headline(verdict(results))
 
 
 def test_other_information_is_another_function(results):

@@ -17,10 +17,12 @@ def measure_completeness(bench: Bench, circuit: Circuit) -> Record:
     """Circuit and model without the same heads: each group, and random parts of the circuit."""
     seed = bench.seed("completeness")
     prompts = bench.test_prompts()
+    # Of no heads, no parts can be drawn.
+    n_random = RANDOM_PARTS if len(circuit) else 0
 
     def compute() -> Outcome:
         n_groups = sum(bool(group.heads) for group in circuit)
-        runs = 2 * (1 + n_groups + RANDOM_PARTS) * len(prompts)
+        runs = 2 * (1 + n_groups + n_random) * len(prompts)
         with bench.progress(f"{bench.role}: completeness", runs) as done:
             found = completeness(
                 bench.model,
@@ -28,7 +30,7 @@ def measure_completeness(bench: Bench, circuit: Circuit) -> Record:
                 circuit,
                 ablation=bench.ablation(bench.settings.ablation),
                 seed=seed,
-                n_random=RANDOM_PARTS,
+                n_random=n_random,
                 engine=bench.settings.engine,
                 batch_size=bench.batch_size,
                 memory=bench.settings.memory_bytes,

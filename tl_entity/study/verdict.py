@@ -34,8 +34,8 @@ HALF_FAITHFUL = 0.5
 """Below this faithfulness more of the mechanism lies outside the circuit than in it."""
 
 INCOMPLETE = 0.1
-"""A circuit lacks something if it loses more than this accuracy more, or less, than the model by the
-same heads; less than a tenth may be the ablation's doing."""
+"""A circuit lacks something if it loses more than this accuracy more, or less, than the model by
+the same heads; less than a tenth may be the ablation's doing."""
 
 MOST_OF_GAIN = 0.5
 """A gain can be put down to one group only if this group brings at least this share of it: with
@@ -236,8 +236,8 @@ def _alone(name: str, model: Mapping[str, Any]) -> Alone:
     # A circuit that keeps little has little to lose.
     if removals and high >= HALF_FAITHFUL:
         text += (
-            f" By {len(apart)} of {len(removals)} removals of the same heads, circuit and model lose "
-            f"amounts more than {INCOMPLETE:g} apart beyond doubt"
+            f" By {len(apart)} of {len(removals)} removals of the same heads, circuit and model "
+            f"lose amounts more than {INCOMPLETE:g} apart beyond doubt"
         )
         text += f", most of all {_farthest(apart)}." if apart else "."
     return Alone(name, answer, share, faithful, text)
