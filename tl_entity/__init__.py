@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from tl_entity.methods.circuits import evaluate as evaluate
     from tl_entity.methods.circuits import evaluate_circuits as evaluate_circuits
     from tl_entity.methods.circuits import evaluate_removals as evaluate_removals
-    from tl_entity.methods.circuits import random_circuits as random_circuits
     from tl_entity.methods.cmap import cmap as cmap
     from tl_entity.methods.cmap import cmap_by_group as cmap_by_group
     from tl_entity.methods.compare import compare as compare
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.path_patching import MLPScores as MLPScores
     from tl_entity.methods.path_patching import path_patch as path_patch
     from tl_entity.methods.path_patching import path_patch_mlps as path_patch_mlps
+    from tl_entity.methods.random_circuits import random_circuits as random_circuits
     from tl_entity.metrics import Metric as Metric
     from tl_entity.models.load import load_model as load_model
     from tl_entity.models.load import load_tokenizer as load_tokenizer
@@ -123,7 +123,7 @@ _HOME = {
     "path_patch_mlps": "methods.path_patching",
     "pooled_ablation": "methods.ablations",
     "PromptBatch": "tasks.batches",
-    "random_circuits": "methods.circuits",
+    "random_circuits": "methods.random_circuits",
     "resample_ablation": "methods.ablations",
     "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",

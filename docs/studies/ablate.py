@@ -10,8 +10,6 @@ import argparse
 import json
 from pathlib import Path
 
-from controls import of_the_same_layers
-
 from tl_entity import (
     Circuit,
     Evaluation,
@@ -43,7 +41,7 @@ def main() -> None:
     others = discovery_pairs(model.tokenizer, n, n_boxes=boxes, seed=seed + 1).corrupt
     means = mean_head_outputs(model, others, batch_size=8)
     drawn = random_circuits(model, circuit, options.random, seed=seed + 2)
-    matched = of_the_same_layers(model, circuit, options.random, seed=seed + 3)
+    matched = random_circuits(model, circuit, options.random, seed=seed + 3, match="layer")
     found = evaluate_removals(
         model, prompts, [{}, circuit, *drawn, *matched], mean_outputs=means, batch_size=8
     )

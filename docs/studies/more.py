@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from controls import of_the_same_layers
 from transformer_lens import HookedTransformer
 
 from tl_entity import (
@@ -29,6 +28,7 @@ from tl_entity import (
     evaluate,
     load_model,
     mean_head_outputs,
+    random_circuits,
 )
 from tl_entity.methods.activation_patching import carries
 from tl_entity.methods.cmap import cmap_by_group, cmap_each
@@ -233,7 +233,7 @@ def random_transfer(
     entries: list[Record] = []
     parts = {group.name: Circuit((group,)) for group in circuit} | {"whole circuit": circuit}
     for name, found in parts.items():
-        drawn = of_the_same_layers(into, found, DRAWS, seed=options.seed + 5)
+        drawn = random_circuits(into, found, DRAWS, seed=options.seed + 5, match="layer")
         choices = [found, *drawn, dict.fromkeys(found.heads_at(), every)]
         measured = cmap_each(
             into, source, prompts, [(heads, "output") for heads in choices], batch_size=BATCH

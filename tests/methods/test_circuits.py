@@ -271,6 +271,23 @@ def test_a_circuit_larger_than_the_model_cannot_be_drawn() -> None:
         random_circuits(MODEL, circuit, 1, seed=0)
 
 
+def test_controls_of_the_same_layers_are_other_heads_of_these_layers() -> None:
+    circuit = Circuit.entity_tracking(
+        value_fetcher=[(1, 0), (0, 2)], pos_transmitter=[(1, 3)], pos_detector=[(0, 0)]
+    )
+    drawn = random_circuits(MODEL, circuit, 20, seed=0, match="layer")
+    for one in drawn:
+        for found, control in zip(circuit, one, strict=True):
+            layers = [sorted(head.layer for head in group.heads) for group in (found, control)]
+            assert layers[0] == layers[1]
+        assert not set(one.heads_at()["last"]) & set(circuit.heads_at()["last"])
+        assert len(set(one.heads_at()["last"])) == 3
+    assert len({str(one) for one in drawn}) > 5
+    many = Circuit.entity_tracking(value_fetcher=[(1, 0), (1, 1), (1, 2)])
+    with pytest.raises(InputError, match="too many heads of layer 1 at 'last'"):
+        random_circuits(MODEL, many, 1, seed=0, match="layer")
+
+
 def evaluation(correct: list[int]) -> Evaluation:
     right = torch.tensor(correct, dtype=torch.bool)
     return Evaluation(right.long(), right, torch.zeros(len(correct)))

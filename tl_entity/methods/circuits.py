@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,7 +16,7 @@ from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.blocks import unembed
 from tl_entity.exact.memory import halving, memory_budget, prompts_within
 from tl_entity.exact.suffix import CleanRun
-from tl_entity.heads import Circuit, Group, Head, HeadsAt, heads_by_position
+from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.edits import ablate_heads
 from tl_entity.hooks.points import check_heads
@@ -25,6 +24,7 @@ from tl_entity.hooks.run import answer_logits
 from tl_entity.methods.ablations import BATCH_SIZE as BATCH_SIZE
 from tl_entity.methods.ablations import mean_head_outputs as mean_head_outputs
 from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.random_circuits import random_circuits as random_circuits
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
@@ -441,36 +441,6 @@ def _check_evaluation(
                 prompts.where(name)
     if bool((prompts.answers < 0).any()):
         raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
-
-
-@checked
-def random_circuits(model: Model, circuit: Circuit, n_circuits: int, *, seed: int) -> list[Circuit]:
-    """Circuits of the same group sizes and positions, of heads drawn at random from the model.
-
-    Heads are drawn without replacement: within a circuit, no head comes twice at one position.
-
-    Raises:
-        InputError: if the circuit has more heads at a position than the model has.
-    """
-    generator = np.random.default_rng(seed)
-    n_heads = model.cfg.n_heads
-    total = model.cfg.n_layers * n_heads
-    for position, heads in circuit.heads_at().items():
-        if len(heads) > total:
-            raise InputError(
-                f"{len(heads)} different heads at {position!r} can't be drawn: "
-                f"the model has {total}."
-            )
-    circuits = []
-    for _ in range(n_circuits):
-        order = {position: generator.permutation(total) for position in circuit.heads_at()}
-        groups = []
-        for group in circuit:
-            drawn, order[group.position] = np.split(order[group.position], [len(group.heads)])
-            heads = tuple(sorted(Head(*divmod(int(index), n_heads)) for index in drawn))
-            groups.append(Group(group.name, group.position, heads))
-        circuits.append(Circuit(tuple(groups)))
-    return circuits
 
 
 @checked

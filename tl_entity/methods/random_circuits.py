@@ -1,0 +1,84 @@
+"""Random circuits to hold a found one against."""
+
+from typing import Literal
+
+import numpy as np
+
+from tl_entity._model import Model
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Circuit, Group, Head
+
+Match = Literal["size", "layer"]
+"""What random circuits have in common with the one found."""
+
+
+@checked
+def random_circuits(
+    model: Model, circuit: Circuit, n_circuits: int, *, seed: int, match: Match = "size"
+) -> list[Circuit]:
+    """Circuits of the same group sizes and positions, of heads drawn at random from the model.
+
+    Heads are drawn without replacement: within a circuit, no head comes twice at one position.
+
+    Args:
+        model: the model.
+        circuit: the circuit found.
+        n_circuits: how many are drawn.
+        seed: of the draws.
+        match: "size" draws from all heads. "layer" draws for each head another one of its layer
+            that the circuit does not have at that position: late layers act on the answer more than
+            early ones do, so heads of all layers would be too easy a control.
+
+    Raises:
+        InputError: if there are not so many heads to draw at a position, or in a layer.
+    """
+    generator = np.random.default_rng(seed)
+    draw = _of_the_same_layers if match == "layer" else _of_all_layers
+    return [
+        draw(model.cfg.n_layers, model.cfg.n_heads, circuit, generator) for _ in range(n_circuits)
+    ]
+
+
+def _of_all_layers(
+    n_layers: int, n_heads: int, circuit: Circuit, generator: np.random.Generator
+) -> Circuit:
+    total = n_layers * n_heads
+    order: dict[str, np.ndarray] = {}
+    for position, heads in circuit.heads_at().items():
+        if len(heads) > total:
+            raise InputError(
+                f"{len(heads)} different heads at {position!r} can't be drawn: "
+                f"the model has {total}."
+            )
+        order[position] = generator.permutation(total)
+    groups = []
+    for group in circuit:
+        drawn, order[group.position] = np.split(order[group.position], [len(group.heads)])
+        heads = tuple(sorted(Head(*divmod(int(index), n_heads)) for index in drawn))
+        groups.append(Group(group.name, group.position, heads))
+    return Circuit(tuple(groups))
+
+
+def _of_the_same_layers(
+    n_layers: int, n_heads: int, circuit: Circuit, generator: np.random.Generator
+) -> Circuit:
+    left: dict[tuple[str, int], list[Head]] = {}
+    for position, found in circuit.heads_at().items():
+        for layer in range(n_layers):
+            others = [Head(layer, index) for index in range(n_heads)]
+            others = [head for head in others if head not in found]
+            left[position, layer] = [others[i] for i in generator.permutation(len(others))]
+    groups = []
+    for group in circuit:
+        heads: list[Head] = []
+        for head in group.heads:
+            others = left[group.position, head.layer]
+            if not others:
+                raise InputError(
+                    f"The circuit has too many heads of layer {head.layer} at {group.position!r}: "
+                    f"of the layer's {n_heads} heads there are not as many others to draw."
+                )
+            heads.append(others.pop())
+        groups.append(Group(group.name, group.position, tuple(sorted(heads))))
+    return Circuit(tuple(groups))
