@@ -34,6 +34,7 @@ from tl_entity.models.gguf_file import gguf_checkpoint
 from tl_entity.models.hub import TOKENIZER_FILES, find_folder
 from tl_entity.models.load import DTYPES, usable_device
 from tl_entity.models.registry import locate
+from tl_entity.models.tokenizers import fit_to_vocabulary
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 if TYPE_CHECKING:
@@ -280,7 +281,8 @@ def read_configuration(
         The configuration, and the tokenizer if there is one.
 
     Raises:
-        InputError: if there is no configuration, or it can't be represented exactly.
+        InputError: if there is no configuration, or it can't be represented exactly; if the
+            tokenizer is another model's.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype} is none of {', '.join(DTYPES)}.")
@@ -295,7 +297,10 @@ def read_configuration(
         device=usable_device(device, 1),
         place=checkpoint.place,
     )
-    return cfg, checkpoint.tokenizer()
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is not None:
+        fit_to_vocabulary(tokenizer, cfg.d_vocab, f"The tokenizer of {checkpoint.place}")
+    return cfg, tokenizer
 
 
 @checked

@@ -34,8 +34,8 @@ MODEL_FILES: list[str] = [
 ]
 """All that is fetched of a model's repository at first: no code, no pickles."""
 
-ADAPTER_FILES: list[str] = ["adapter_config.json", "adapter_model.safetensors"]
-"""All that is fetched of an adapter's repository at first."""
+ADAPTER_FILES: list[str] = [*TOKENIZER_FILES, "adapter_config.json", "adapter_model.safetensors"]
+"""All that is fetched of an adapter's repository at first; some hold a tokenizer."""
 
 PICKLES: list[str] = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]
 """Fetched only where a repository has no safetensors; read with `weights_only`."""

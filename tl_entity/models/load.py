@@ -24,7 +24,12 @@ from tl_entity.models.files import reason
 from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
 from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
 from tl_entity.models.registry import locate, registered
-from tl_entity.models.tokenizers import prepends_bos, read_tokenizer, replace_missing_padding
+from tl_entity.models.tokenizers import (
+    fit_to_vocabulary,
+    prepends_bos,
+    read_adapter_tokenizer,
+    read_tokenizer,
+)
 from tl_entity.models.weights import install_weights, share_weights
 
 DTYPES: dict[str, torch.dtype] = {
@@ -95,8 +100,11 @@ def load_model(
     place while the model lives. A change to a weight stays in memory and never reaches the file.
     Another dtype or device makes one copy, matrix by matrix; an adapter copies what it changes.
 
-    The tokenizer is the checkpoint's own, at `model.tokenizer`; `model.to_tokens(text)` gives the
-    tokens that it gives, with a beginning-of-sequence token if and only if it puts one.
+    The tokenizer is the checkpoint's own, at `model.tokenizer`, and its tokens are those of the
+    checkpoint's tokenizer.json; an adapter's folder that has a tokenizer brings that one instead.
+    `model.to_tokens(text)` gives the tokens that it gives, with a beginning-of-sequence token if
+    and only if it puts one; for a text that a chat template rendered, which has that token already,
+    say `prepend_bos=False` (the prompts of `tl_entity` see to it themselves).
 
     Args:
         name_or_path: a name from the registry ("default-base", "llama-7b", ...; `tl-entity models`
@@ -112,8 +120,9 @@ def load_model(
         device: such as "cpu" or "cuda:1"; CUDA where there is one if left out.
         backend: "hooked"; "bridge" for a TransformerBridge, Hugging Face's own modules with
             TransformerLens's hook points.
-        tokenizer: one to use instead of the checkpoint's own, or where it is found. A model in
-            memory brings none; the one of where it came from is used if that is on this machine.
+        tokenizer: one to use instead of the checkpoint's or the adapter's own, or where it is
+            found. A model in memory brings none; the one of where it came from is used if that is
+            on this machine.
         n_devices: CUDA devices to spread the layers over, from `device` on.
         revision: a branch, tag or commit of the model's hub repository.
         adapter_revision: likewise for the adapter's.
@@ -134,18 +143,19 @@ def load_model(
     if entry is not None and adapter is None:
         adapter = entry.adapter
     checkpoint = find_checkpoint(name_or_path, gguf_file, revision=revision, **access)
-    merged = None
+    folder = merged = None
     if adapter is not None:
-        merged = read_adapter(
-            find_folder(adapter, ADAPTER_FILES, revision=adapter_revision, **access)
-        )
+        folder = find_folder(adapter, ADAPTER_FILES, revision=adapter_revision, **access)
+        merged = read_adapter(folder)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer, **access)
     cfg = hooked_config(checkpoint.config, dtype=number, device=place, place=checkpoint.place)
     cfg.n_devices = n_devices
-    own = tokenizer or checkpoint.tokenizer()
-    if own is not None:
-        replace_missing_padding(own, cfg.d_vocab)
+    own = _choose_tokenizer(tokenizer, folder, cfg.d_vocab)
+    if own is None:
+        own = checkpoint.tokenizer()
+        if own is not None:
+            fit_to_vocabulary(own, cfg.d_vocab, f"The tokenizer of {checkpoint.place}")
     if backend == "bridge":
         return bridge(checkpoint, merged, own, dtype=number, device=place)
     model = _empty(cfg)
@@ -195,6 +205,7 @@ def with_adapter(
     model: HookedTransformer,
     adapter: str | Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     revision: str | None = None,
     token: str | None = None,
     local_files_only: bool = False,
@@ -205,17 +216,36 @@ def with_adapter(
     studied on one base in little more memory than the base's. For the most exact merge give
     `adapter` to `load_model`: here the base is taken in the dtype that it was loaded in.
 
+    The tokenizer is `tokenizer`, or the one in the adapter's folder, or this model's.
+
     Raises:
         InputError: if the adapter is not there, is damaged, belongs to another base, or cannot be
-            merged.
+            merged; if its tokenizer has tokens that the model has no embeddings for.
     """
     folder = find_folder(
         adapter, ADAPTER_FILES, revision=revision, token=token, local_files_only=local_files_only
     )
-    return _adapted(model, read_adapter(folder))
+    merged = read_adapter(folder)
+    own = _choose_tokenizer(tokenizer, folder, model.cfg.d_vocab)
+    return _adapted(model, merged, own or model.tokenizer)
 
 
-def _adapted(model: HookedTransformer, adapter: Adapter) -> HookedTransformer:
+def _choose_tokenizer(
+    given: PreTrainedTokenizerBase | None, adapter: Path | None, d_vocab: int
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer given, or the one in the adapter's folder; None if the base's is meant."""
+    if given is not None:
+        fit_to_vocabulary(given, d_vocab, "The tokenizer given")
+        return given
+    own = None if adapter is None else read_adapter_tokenizer(adapter)
+    if own is not None:
+        fit_to_vocabulary(own, d_vocab, f"The tokenizer in {adapter}")
+    return own
+
+
+def _adapted(
+    model: HookedTransformer, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None
+) -> HookedTransformer:
     other = _empty(model.cfg)
     share_weights(other, model, adapter)
     _place_buffers(other)
@@ -223,7 +253,7 @@ def _adapted(model: HookedTransformer, adapter: Adapter) -> HookedTransformer:
         here: Any = block.attn
         there: Any = original.attn
         here.rotary_cos, here.rotary_sin = there.rotary_cos, there.rotary_sin
-    return _finished(other, model.tokenizer)
+    return _finished(other, tokenizer)
 
 
 def find_checkpoint(

@@ -25,6 +25,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.tasks.batches import PairBatch
 from tl_entity.tasks.boxes import KNOWING, BoxPrompt, box_roles, sample_prompts, usable_words
+from tl_entity.tasks.encode import encode
 from tl_entity.tasks.marked import MarkedText, Span, tokenize_marked
 
 Information = Literal["object_value", "box_label_value", "position"]
@@ -453,15 +454,14 @@ def _check_known(
     kind: Desideratum, texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Refuse texts with words that the tokenizer has no token for, naming the words."""
-    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+    if tokenizer.unk_token_id is None:
         return
-    encoded = tokenizer([text.text for text in texts], return_offsets_mapping=True)
     unknown = {
         text.text[slice(*offsets)]
-        for text, ids, spans in zip(
-            texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        for text, encoded in zip(
+            texts, encode(tokenizer, [text.text for text in texts]), strict=True
         )
-        for token, offsets in zip(ids, spans, strict=True)
+        for token, offsets in zip(encoded.ids, encoded.offsets, strict=True)
         if token == tokenizer.unk_token_id and offsets[0] < offsets[1]
     }
     if unknown:

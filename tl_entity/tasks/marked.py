@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.tasks.batches import ANSWER_POSITION, NO_ROLE, PromptBatch
+from tl_entity.tasks.encode import Span, encode
 
 NO_ANSWER = -1
 """Stands for the answer's token id in a prompt that has no right answer."""
@@ -20,9 +21,6 @@ there."""
 
 OTHER = "other"
 """The role of tokens that no span gives one."""
-
-Span = tuple[int, int]
-"""First character and the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,12 @@ class MarkedText:
 def one_token_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[str, ...]:
     """Those of `words` that are a single token when they follow another word and a space."""
     carrier = "the"
-    alone = len(_ids(tokenizer, carrier))
-    unknown = tokenizer.unk_token_id
-
-    def is_one(word: str) -> bool:
-        ids = _ids(tokenizer, f"{carrier} {word}")
-        return len(ids) == alone + 1 and ids[-1] != unknown
-
-    return tuple(word for word in words if is_one(word))
+    alone, *longer = encode(tokenizer, [carrier, *(f"{carrier} {word}" for word in words)])
+    return tuple(
+        word
+        for word, text in zip(words, longer, strict=True)
+        if len(text.ids) == len(alone.ids) + 1 and text.ids[-1] != tokenizer.unk_token_id
+    )
 
 
 @checked
@@ -64,10 +60,10 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
     """Tokenize prompts and find each named span's token, from what the tokenizer says each token
     covers; shorter prompts are padded on the right and masked.
 
-    The special tokens are those that the tokenizer itself adds. The position `"last"` is the final
-    token of each prompt; answers are `NO_ANSWER` where a text has none. Tokens have the role that
-    covers their first character other than a space, `"other"` where none does, and the first token
-    of a prompt is its `"beginning"`.
+    Special tokens are put as `encode` says. The position `"last"` is the final token of each
+    prompt; answers are `NO_ANSWER` where a text has none. Tokens have the role that covers their
+    first character other than a space, `"other"` where none does, and the first token of a prompt
+    is its `"beginning"`.
 
     Raises:
         InputError: if there is no text, the texts name different positions, the tokenizer can't
@@ -76,20 +72,13 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
     """
     if not texts:
         raise InputError("There are no prompts to tokenize.")
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{type(tokenizer).__name__} can't tell which characters a token covers; "
-            "save the checkpoint with a fast tokenizer (tokenizer.json)."
-        )
     names = tuple(texts[0].spans)
     rows: list[list[int]] = []
     answers: list[int] = []
     positions: dict[str, list[int]] = {name: [] for name in names}
     roles: list[list[str]] = []
-    encoded = tokenizer([text.text for text in texts], return_offsets_mapping=True)
-    for text, ids, offsets in zip(
-        texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
+    for text, encoded in zip(texts, encode(tokenizer, [text.text for text in texts]), strict=True):
+        ids, offsets = encoded.ids, encoded.offsets
         if tuple(text.spans) != names:
             raise InputError(
                 f"{text.text!r} names the positions {', '.join(text.spans)}; "
@@ -117,10 +106,6 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
         role_names=role_names,
         knowing=tuple(dict.fromkeys(name for text in texts for name in text.knowing)),
     )
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]
 
 
 def _token_of_span(
@@ -175,7 +160,8 @@ def _numbered_roles(
 def _answer_token(tokenizer: PreTrainedTokenizerBase, text: MarkedText, ids: Sequence[int]) -> int:
     if text.answer is None:
         return NO_ANSWER
-    whole = _ids(tokenizer, f"{text.text} {text.answer}")
+    (encoded,) = encode(tokenizer, [f"{text.text} {text.answer}"])
+    whole = encoded.ids
     if whole[:-1] == list(ids) and whole[-1] != tokenizer.unk_token_id:
         return whole[-1]
     shown = " ".join(tokenizer.convert_ids_to_tokens(whole[len(ids) - 1 :]))

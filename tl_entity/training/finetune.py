@@ -14,7 +14,7 @@ from tl_entity.errors import InputError
 from tl_entity.models.bridge import transformers_model
 from tl_entity.models.load import DTYPES, find_checkpoint, usable_device
 from tl_entity.models.registry import registered
-from tl_entity.models.tokenizers import replace_missing_padding
+from tl_entity.models.tokenizers import fit_to_vocabulary
 from tl_entity.output import check_writable
 from tl_entity.training.adapter import AdapterTrainer
 from tl_entity.training.box_task import BoxTask, Evaluation
@@ -114,7 +114,9 @@ def finetune(
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise InputError(f"{checkpoint.place} has no tokenizer, and texts need one.")
-    replace_missing_padding(tokenizer, checkpoint.config.vocab_size)
+    fit_to_vocabulary(
+        tokenizer, checkpoint.config.vocab_size, f"The tokenizer of {checkpoint.place}"
+    )
     task = BoxTask.sample(tokenizer, settings.prompts, n_boxes=settings.boxes)
     longest: int = getattr(checkpoint.config, "max_position_embeddings", 1 << 30)
     if task.batch.tokens.shape[1] > longest:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.tasks.encode import encode
 from tl_entity.training.texts import IGNORED, Piece
 
 N_VARIABLES = (3, 8)
@@ -234,37 +235,28 @@ def skill_batch(
     A token is learned when a character of a learned piece is in it, whatever the tokenizer.
 
     Returns:
-        The tokens, with the special tokens that the tokenizer itself puts, and what is to be
+        The tokens, with the special tokens that `encode` puts, and what is to be
         predicted at each: the next token, or `IGNORED`.
 
     Raises:
         InputError: if the tokenizer can't tell which characters a token covers, or has no token
             for a word that is to be learned.
     """
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{type(tokenizer).__name__} can't tell which characters a token covers; "
-            "save the checkpoint with a fast tokenizer (tokenizer.json)."
-        )
     texts = [SKILLS[kind](generator) for kind in kinds]
-    encoded = tokenizer(
-        ["".join(piece.words for piece in pieces) for pieces in texts],
-        return_offsets_mapping=True,
-    )
-    width = max(len(ids) for ids in encoded["input_ids"])
+    encoded = encode(tokenizer, ["".join(piece.words for piece in pieces) for pieces in texts])
+    width = max(len(text.ids) for text in encoded)
     padding = tokenizer.pad_token_id
     tokens = torch.full((len(kinds), width), padding if isinstance(padding, int) else 0)
     targets = torch.full((len(kinds), width), IGNORED)
-    for row, (pieces, ids, offsets) in enumerate(
-        zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ):
+    for row, (pieces, text) in enumerate(zip(texts, encoded, strict=True)):
+        ids, offsets = text.ids, text.offsets
         tokens[row, : len(ids)] = torch.tensor(ids)
         learned = _learned_characters(pieces)
         for place in range(1, len(ids)):
             if any(learned[slice(*offsets[place])]):
                 if ids[place] == tokenizer.unk_token_id:
-                    text = "".join(piece.words for piece in pieces)
-                    unknown = text[slice(*offsets[place])]
+                    words = "".join(piece.words for piece in pieces)
+                    unknown = words[slice(*offsets[place])]
                     raise InputError(
                         f"The tokenizer has no token for {unknown!r}, which texts of the kind "
                         f"{kinds[row]!r} teach; this model can't be trained on them."
