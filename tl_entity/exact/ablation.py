@@ -27,8 +27,10 @@ from tl_entity.exact.blocks import (
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.edits import check_ablation_values
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import kv_head
 from tl_entity.hooks.run import embed
+from tl_entity.hooks.watch import assure_finite, located
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 
@@ -65,9 +67,15 @@ class AblatedRun:
         Raises:
             InputError: if the exact engine does not fit the model, the prompts are padded on the
                 left, or longer than the values.
+            NotFiniteError: if weights, values or activations are NaN or infinite, naming where.
         """
         check_supported(model)
         check_ablation_values(values, prompts)
+        with guarded(model):
+            return located(lambda: cls._record(model, prompts, values))
+
+    @classmethod
+    def _record(cls, model: Model, prompts: PromptBatch, values: Tensor) -> "AblatedRun":
         n_layers = model.cfg.n_layers
         n_pos = prompts.tokens.shape[1]
         resid = embed(model, prompts)
@@ -79,7 +87,7 @@ class AblatedRun:
             resid = add_mlp(model, layer, resid + written)
         rows = torch.arange(len(prompts), device=resid.device)
         last = prompts.position(ANSWER_POSITION).to(resid.device)
-        return cls(model, prompts, values, tuple(ahead), resid[rows, last])
+        return cls(model, prompts, values, tuple(ahead), assure_finite(resid[rows, last]))
 
     @checked
     @torch.no_grad()
@@ -98,6 +106,7 @@ class AblatedRun:
 
         Raises:
             InputError: if the prompts lack a position.
+            NotFiniteError: if activations are NaN or infinite, naming where.
         """
         memory = memory_budget(self.model.cfg.device) if memory is None else memory
         kept = [
@@ -112,11 +121,13 @@ class AblatedRun:
             tokens = _Tokens.of(self.prompts, names)
 
             def compute(chosen: list[int]) -> Tensor:
-                return self._recompute(tokens, [kept[index] for index in chosen])
+                some = [kept[index] for index in chosen]
+                return located(lambda: assure_finite(self._recompute(tokens, some)))
 
             size = rows_within(self._bytes_per_circuit(tokens), memory // 2)
-            for some, final in halving(order, size, compute):
-                resid[order[some]] = final
+            with guarded(self.model):
+                for some, final in halving(order, size, compute):
+                    resid[order[some]] = final
         return resid
 
     def _recompute(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.finite import check_finite
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.points import hook_point
 from tl_entity.tasks.batches import PromptBatch
@@ -322,7 +323,11 @@ def check_ablation_values(
 
     Raises:
         InputError: if the prompts are longer than the values or padded on the left.
+        NotFiniteError: if a value is NaN or infinite.
     """
+    check_finite(
+        "The ablation values [layer, pos, head, d_head]", values, "take them from sound runs"
+    )
     n_pos, length = values.shape[1], prompts.tokens.shape[1]
     if not bool(prompts.mask[:, 0].all()):
         raise InputError("Ablation needs prompts padded on the right, where positions line up.")

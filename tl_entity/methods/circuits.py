@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_entity._model import Model
@@ -17,10 +17,13 @@ from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.blocks import unembed
 from tl_entity.exact.memory import halving, memory_budget, prompts_within
 from tl_entity.exact.suffix import CleanRun
+from tl_entity.finite import NotFiniteError, are_finite
 from tl_entity.heads import Circuit, Group, Head, HeadsAt, heads_by_position, without
 from tl_entity.hooks.edits import ablate_heads
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
+from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import share_of, shared_out, summed
@@ -174,7 +177,7 @@ class Faithfulness(Result):
 @torch.no_grad()
 def mean_head_outputs(
     model: Model,
-    tokens: PromptBatch | Int[Tensor, "batch pos"],
+    tokens: PromptBatch | Shaped[Tensor, "batch pos"],
     *,
     batch_size: int = BATCH_SIZE,
 ) -> Float[Tensor, "layer pos head d_head"]:
@@ -189,12 +192,15 @@ def mean_head_outputs(
         batch_size: prompts run together.
 
     Raises:
-        InputError: if a batch is padded on the left, where positions do not line up.
+        InputError: if a batch is padded on the left, where positions do not line up, or empty, or
+            the model does not know a token or has hooks attached to it.
+        NotFiniteError: if weights or activations are NaN or infinite, naming where.
     """
     if not isinstance(tokens, PromptBatch):
         n, length = tokens.shape
         last = torch.full((n,), length - 1, device=tokens.device)
         tokens = PromptBatch(tokens, torch.zeros_like(last), {"last": last})
+    check_prompts(model, tokens)
     if not bool(tokens.mask[:, 0].all()):
         raise InputError("Mean head outputs need prompts padded on the right, not the left.")
     tokens = tokens.to(model.cfg.device or "cpu")
@@ -248,7 +254,10 @@ def evaluate(
     Raises:
         InputError: if heads are to be ablated without `mean_outputs` or with another model's, a
             head or position does not exist, a prompt has no answer, the prompts are longer than the
-            mean outputs or padded on the left, or the exact engine does not fit the model.
+            mean outputs or padded on the left, the model does not know a token or has hooks
+            attached to it, or the exact engine does not fit the model.
+        NotFiniteError: if weights, mean outputs, activations or logits are NaN or infinite, naming
+            where.
     """
     if keep is not None:
         kept = keep if remove is None else without(keep, remove)
@@ -425,6 +434,11 @@ def evaluate_each(
         scores: list[Tensor] = []
         try:
             for logits in logits_of(chunk):
+                if not are_finite([logits]):
+                    raise NotFiniteError(
+                        "The logits are not finite; numbers are too large for the model's dtype.",
+                        "logits",
+                    )
                 chosen.append(logits.argmax(-1))
                 scores.append(log_probability(logits, wanted))
                 progress(len(chunk))
@@ -437,7 +451,8 @@ def evaluate_each(
         found = [some for _, some in halving(mine, size, compute)]
         return torch.cat([c for c, _ in found], -1), torch.cat([s for _, s in found], -1)
 
-    chosen, scores = shared_out(prompts, compute_mine)
+    with guarded(model):
+        chosen, scores = shared_out(prompts, compute_mine)
     chosen = chosen.to(answers.device)
     return [
         Evaluation(predicted, predicted == answers, score)
@@ -478,8 +493,7 @@ def _check_evaluation(
     for heads in edited_heads:
         for at in heads_by_position(heads).values():
             check_heads(model, at)
-    if bool((prompts.answers < 0).any()):
-        raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
+    check_prompts(model, prompts, answered=True)
     return mean_outputs
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -25,7 +24,7 @@ from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
 from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
 from tl_entity.models.registry import locate, registered
 from tl_entity.models.tokenizers import prepends_bos, read_tokenizer, replace_missing_padding
-from tl_entity.models.weights import install_weights, share_weights
+from tl_entity.models.weights import empty_weights, install_weights, share_weights
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -73,6 +72,7 @@ def load_model(
 
 
 @checked
+@torch.inference_mode(False)  # whose tensors no gradient could ever pass
 def load_model(
     name_or_path: str | Path | nn.Module,
     *,
@@ -125,6 +125,8 @@ def load_model(
     Raises:
         InputError: if the checkpoint is not there, is damaged, or cannot be represented exactly;
             the message says what and where.
+        NotFiniteError: if a weight is NaN or infinite, or too large for `dtype`, naming file and
+            tensor.
     """
     number, place = _dtype(dtype), usable_device(device, n_devices)
     if backend == "bridge" and n_devices > 1:
@@ -191,6 +193,7 @@ def load_tokenizer(
 
 
 @checked
+@torch.inference_mode(False)
 def with_adapter(
     model: HookedTransformer,
     adapter: str | Path,
@@ -285,8 +288,7 @@ def usable_device(device: str | torch.device | None, n_devices: int) -> str:
 def _empty(cfg: HookedTransformerConfig) -> HookedTransformer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Buffers are small and made for real; only parameters wait for the checkpoint's.
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             return HookedTransformer(cfg, move_to_device=False)
 
 
