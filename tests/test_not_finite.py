@@ -175,7 +175,7 @@ def test_a_recomputation_that_overflows_says_where() -> None:
 def test_a_metric_that_is_not_defined_is_named(engine: str) -> None:
     model, pairs = random_model(), random_pairs()
     log = Metric("log of the logit", lambda logits, pairs: logits.amin(-1).log())
-    with pytest.raises(NotFiniteError, match="metric 'log of the logit'.*nan at"):
+    with pytest.raises(NotFiniteError, match=r"metric 'log of the logit'.*nan at"):
         path_patch(model, pairs, metric=log, engine=engine)
 
 
@@ -273,12 +273,19 @@ def test_adapters_are_refused_by_file_and_tensor(tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(NotFiniteError, match=rf"adapter_model\.safetensors: {key} is not finite"):
         load_model(folder, adapter=adapter, device="cpu")
-    tensors[key] = kept
+    tensors[key] = kept * 1e30
     save_file(tensors, file)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e39}))
-    with pytest.raises(NotFiniteError, match=r"adapter: model\.layers.*merged is not finite"):
-        load_model(folder, adapter=adapter, device="cpu")
+    for alpha, said in (
+        (1e20, r"adapter: model\.layers\.1.* merged is not finite"),
+        (1e308, r"adapter_config\.json has a lora_alpha that is too large"),
+        (INF, r"adapter_config\.json has a lora_alpha that is too large"),
+        (10**400, r"adapter_config\.json has a lora_alpha that is too large"),
+    ):
+        changed = json.dumps({**config, "lora_alpha": alpha})
+        (adapter / "adapter_config.json").write_text(changed)
+        with pytest.raises(InputError, match=said):
+            load_model(folder, adapter=adapter, device="cpu")
 
 
 def test_the_command_line_says_it_in_a_sentence(tmp_path: Path, capsys: Any) -> None:

@@ -369,9 +369,11 @@ def learn_masks(
     runs: list[MaskRun] = []
     for seed in seeds:
         budget = _Budget(bytes_free)
-        parts = [
-            _Recordings(masked, part, batch_size, budget) for part in _split(_drawn(pairs, seed))
-        ]
+        drawn = pairs if isinstance(pairs, PairBatch) else pairs(seed)
+        check_pairs(model, drawn)
+        if isinstance(pairs, PairBatch):
+            drawn = _shuffled(drawn, seed)
+        parts = [_Recordings(masked, part, batch_size, budget) for part in _split(drawn)]
         train, validation, test = parts
         n_steps = epochs * train.n_batches
 
@@ -569,9 +571,7 @@ def _bytes_of(held: Any) -> int:
     return 0
 
 
-def _drawn(pairs: PairBatch | Callable[[int], PairBatch], seed: int) -> PairBatch:
-    if not isinstance(pairs, PairBatch):
-        return pairs(seed)
+def _shuffled(pairs: PairBatch, seed: int) -> PairBatch:
     generator = torch.Generator().manual_seed(seed)
     return pairs[torch.randperm(len(pairs), generator=generator).to(pairs.targets.device)]
 

@@ -76,7 +76,8 @@ class MaskedForward(nn.Module):
         engine: "exact" recomputes only what the mask can change; "hooks" runs the whole model.
 
     Raises:
-        InputError: if there are no candidates, one comes twice, or the model lacks one.
+        InputError: if there are no candidates, one comes twice, the model lacks one, or it was made
+            in inference mode.
     """
 
     def __init__(
@@ -94,6 +95,11 @@ class MaskedForward(nn.Module):
         if len(set(candidates)) != len(candidates):
             raise InputError("A head is a candidate twice; its mask would be two.")
         check_heads(model, candidates)
+        if any(weight.is_inference() for weight in model.parameters()):
+            raise InputError(
+                "The model was made in torch.inference_mode(), and no gradient passes its weights; "
+                "make it outside."
+            )
         self.candidates = candidates
         self.position = position
         self.engine: Engine = engine

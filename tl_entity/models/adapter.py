@@ -254,6 +254,8 @@ def _refuse_what_differs(file: Path, config: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise InputError(f"{file} has {name} {value!r}; it must be a positive number.")
+        if value > torch.finfo(torch.float32).max:
+            raise InputError(f"{file} has a {name} that is too large for float32.")
     for name in ("use_rslora", "use_dora"):
         if not isinstance(config.get(name) or False, bool):
             raise InputError(f"{file} has {name} {config[name]!r}; it must be true or false.")

@@ -24,7 +24,7 @@ from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
 from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
 from tl_entity.models.registry import locate, registered
 from tl_entity.models.tokenizers import prepends_bos, read_tokenizer, replace_missing_padding
-from tl_entity.models.weights import empty_weights, install_weights, share_weights
+from tl_entity.models.weights import building, empty_weights, install_weights, share_weights
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -148,13 +148,14 @@ def load_model(
     own = tokenizer or checkpoint.tokenizer()
     if own is not None:
         replace_missing_padding(own, cfg.d_vocab)
-    if backend == "bridge":
-        return bridge(checkpoint, merged, own, dtype=number, device=place)
-    model = _empty(cfg)
-    install_weights(model, checkpoint, merged)
-    _place_buffers(model)
-    _copy_rotary_tables(model, checkpoint.config)
-    return _finished(model, own)
+    with building:
+        if backend == "bridge":
+            return bridge(checkpoint, merged, own, dtype=number, device=place)
+        model = _empty(cfg)
+        install_weights(model, checkpoint, merged)
+        _place_buffers(model)
+        _copy_rotary_tables(model, checkpoint.config)
+        return _finished(model, own)
 
 
 @checked

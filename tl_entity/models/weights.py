@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
@@ -76,19 +75,28 @@ COMPUTED = "rotary_emb.inv_freq"
 """Ending of tensors in old checkpoints that follow from the configuration."""
 
 
-_building = threading.Lock()
+building = threading.RLock()
+"""Held while a model is built: meanwhile settings that are torch's own, for all threads, differ."""
 
 
 @contextmanager
 def empty_weights() -> Generator[None, None, None]:
     """Within this context modules are built with their parameters on the meta device; buffers are
-    small and made for real.
+    small and made for real. Modules that other threads build are left alone."""
+    thread = threading.get_ident()
 
-    One thread at a time: accelerate changes torch's own class for that, and of two that change it
-    at once the second would leave it changed.
-    """
-    with _building, init_empty_weights(include_buffers=False):
-        yield
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == thread:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    with building:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = register_empty
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register
 
 
 def checked_tensors(
