@@ -1,5 +1,6 @@
 """What is read off the logits at the answer position: the one definition of each score."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,10 @@ from torch import Tensor
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.tasks.batches import PairBatch
+
+MOST_LOG_CHANGE = 64.0
+"""The largest rise of a log probability that a relative change tells apart: a factor of 6e27. The
+sums of any number of such scores are still float32 numbers."""
 
 
 @checked
@@ -29,9 +34,21 @@ def relative_probability_change(
     """(P_patched - P_clean) / P_clean of the target, from log probabilities (paper, §3.1).
 
     -1 when the edit takes the target away altogether, 0 when it changes nothing. Taken as
-    expm1 of the difference, it stays exact where P_clean is tiny.
+    expm1 of the difference, it stays exact where P_clean is tiny. An edit that raises the target's
+    log probability by more than `MOST_LOG_CHANGE` counts as if by that much, with a warning: one
+    such pair would make a head's mean infinite, and even so decides it alone.
     """
-    return torch.expm1(patched - clean)
+    wide = torch.promote_types(patched.dtype, torch.float32)
+    change = patched.to(wide) - clean.to(wide)
+    above = int((change > MOST_LOG_CHANGE).sum())
+    if above:
+        warnings.warn(
+            f"{above} of {change.numel()} edits raise the target's log probability by more than "
+            f"{MOST_LOG_CHANGE:g} and count as if by {MOST_LOG_CHANGE:g}; such pairs decide a "
+            "mean alone: take pairs that the model answers, or metric=LOG_PROBABILITY.",
+            stacklevel=2,
+        )
+    return torch.expm1(change.clamp(max=MOST_LOG_CHANGE))
 
 
 @checked

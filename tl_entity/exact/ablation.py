@@ -27,8 +27,10 @@ from tl_entity.exact.blocks import (
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.ablations import Ablation
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import kv_head
 from tl_entity.hooks.run import embed
+from tl_entity.hooks.watch import assure_finite, located
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 
@@ -67,12 +69,19 @@ class AblatedRun:
         Raises:
             InputError: if the exact engine does not fit the model, or the ablation does not fit the
                 model or the prompts.
+            NotFiniteError: if weights, values or activations are NaN or infinite, naming where.
         """
         check_supported(model)
         ablation = Ablation.of(values).of_model(model.cfg)
-        outputs = ablation.outputs
-        assert outputs is not None
         rows = ablation.rows(prompts)
+        with guarded(model):
+            return located(lambda: cls._record(model, prompts, ablation.outputs, rows))
+
+    @classmethod
+    def _record(
+        cls, model: Model, prompts: PromptBatch, outputs: Tensor | None, rows: Tensor
+    ) -> "AblatedRun":
+        assert outputs is not None
         resid = embed(model, prompts)
         ahead = []
         for layer in range(model.cfg.n_layers):
@@ -81,7 +90,8 @@ class AblatedRun:
             resid = add_mlp(model, layer, resid + _written(model, layer, outputs[layer], rows))
         every = torch.arange(len(prompts), device=resid.device)
         last = prompts.position(ANSWER_POSITION).to(resid.device)
-        return cls(model, prompts, outputs, rows, tuple(ahead), resid[every, last])
+        final = assure_finite(resid[every, last])
+        return cls(model, prompts, outputs, rows, tuple(ahead), final)
 
     @checked
     @torch.no_grad()
@@ -106,6 +116,7 @@ class AblatedRun:
 
         Raises:
             InputError: if the prompts lack a position.
+            NotFiniteError: if activations are NaN or infinite, naming where.
         """
         memory = memory_budget(self.model.cfg.device) if memory is None else memory
         gone = [None] * len(circuits) if removed is None else removed
@@ -121,11 +132,13 @@ class AblatedRun:
             tokens = _Tokens.of(self.prompts, tuple(names))
 
             def compute(chosen: list[int]) -> Tensor:
-                return self._recompute(tokens, [kept[index] for index in chosen])
+                some = [kept[index] for index in chosen]
+                return located(lambda: assure_finite(self._recompute(tokens, some)))
 
             size = rows_within(self._bytes_per_circuit(tokens), memory // 2)
-            for some, final in halving(order, size, compute):
-                resid[order[some]] = final
+            with guarded(self.model):
+                for some, final in halving(order, size, compute):
+                    resid[order[some]] = final
         return resid
 
     def _recompute(

@@ -18,6 +18,7 @@ from tl_entity._model import Model
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import block_bytes
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
+from tl_entity.hooks.watch import see
 
 ROWS_TOGETHER = 512
 """Fewer rows than these at a time would leave a matrix product slow."""
@@ -57,9 +58,6 @@ def check_supported(model: Model) -> None:
         "its rotary table changes with length": bool(getattr(cfg, "use_dynamic_ntk_rope", False)),
         "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
         "it is quantised": bool(getattr(cfg, "load_in_4bit", False)),
-        "hooks are attached to it for good": any(
-            point.fwd_hooks for point in model.hook_dict.values()
-        ),
     }
     for reason, applies in obstacles.items():
         if applies:
@@ -97,13 +95,17 @@ def add_mlp(
     """`resid_post` of `resid_mid` rows. Where no gradient is wanted, the rows are changed in place
     if their memory allows it."""
     block = model.blocks[layer]
+    see("resid_mid", layer, resid)
     if torch.is_grad_enabled():
-        return resid + block.mlp(block.ln2(resid.flatten(0, -2)[None])).view(resid.shape)
+        post = resid + block.mlp(block.ln2(resid.flatten(0, -2)[None])).view(resid.shape)
+        see("resid_post", layer, post)
+        return post
     resid = resid.contiguous()
     flat = resid.view(-1, resid.shape[-1])
     for rows in row_slices(len(flat), 1, mlp_rows_together(model.cfg)):
         mid = flat[rows]
         mid += block.mlp(block.ln2(mid[None]))[0]
+    see("resid_post", layer, resid)
     return resid
 
 
@@ -152,6 +154,7 @@ def head_outputs(
     model: Model, layer: int, z: Float[Tensor, "*rows heads d_head"], heads: list[int]
 ) -> Float[Tensor, "*rows d_model"]:
     """What some heads together write to the residual stream, without the output bias."""
+    see("z", layer, z)
     w_o = model.blocks[layer].attn.W_O
     if len(heads) != len(w_o):
         w_o = w_o[heads]
@@ -179,7 +182,9 @@ def project(
         weight, bias = weight[index], bias[index]
     # Loaded weights are views of the checkpoint's [head * d_head, d_model] matrices: no copy here.
     matrix = weight.transpose(1, 2).flatten(0, 1)
-    return F.linear(normalized, matrix, bias.flatten()).unflatten(-1, weight.shape[::2])
+    vectors = F.linear(normalized, matrix, bias.flatten()).unflatten(-1, weight.shape[::2])
+    see(which, layer, vectors)
+    return vectors
 
 
 def rotate(

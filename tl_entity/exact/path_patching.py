@@ -36,9 +36,11 @@ from tl_entity.exact.window import (
     WindowEdit,
 )
 from tl_entity.heads import Head
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, hook_point, n_kv_heads
 from tl_entity.hooks.run import record
+from tl_entity.hooks.watch import assure_finite, located
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch
 
@@ -85,6 +87,7 @@ def patched_values(
 
     Raises:
         InputError: if the model is of an architecture that this engine does not recompute.
+        NotFiniteError: if weights or activations are NaN or infinite, naming where.
     """
     check_supported(model)
     memory = memory_budget(model.cfg.device) if memory is None else memory
@@ -106,12 +109,17 @@ def patched_values(
                 reached = _through_receivers(model, runs, by_layer, receiver_input, memory)
             # A sender that keeps its value changes nothing, whatever rounding says.
             values[:top] = reached.where(runs.moved, runs.clean).unflatten(0, (top, n_senders))
-        progress(values.numel())
         return runs.clean, values
+
+    def compute_located(chunk: PairBatch) -> tuple[Tensor, Tensor]:
+        found = located(lambda: compute(chunk))
+        progress(found[1].numel())
+        return found
 
     if batch_size is None:
         batch_size = pairs_within(model, pairs, memory)
-    found = [values for _, values in halving(pairs, batch_size, compute)]
+    with guarded(model):
+        found = [values for _, values in halving(pairs, batch_size, compute_located)]
     return torch.cat([clean for clean, _ in found]), torch.cat([p for _, p in found], -1)
 
 
@@ -390,6 +398,7 @@ def _score(
     # Copies of the logits in float32, or the few columns of the unembedding that are needed.
     widths = 3 * model.cfg.d_vocab_out if tokens is None else tokens.shape[1] * model.cfg.d_model
     values = []
+    assure_finite(resid)
     for some in row_slices(len(resid), 4 * widths * len(pairs), LOGITS_CHUNK_BYTES):
         rows = resid[some]
         wanted = None if tokens is None else tokens.expand(len(rows), -1, -1)

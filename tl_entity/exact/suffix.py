@@ -40,8 +40,11 @@ from tl_entity.hooks.edits import (
     ReplaceHeads,
     ReplaceWhere,
 )
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import hook_point, point_and_layer
 from tl_entity.hooks.run import HookFunction, record
+from tl_entity.hooks.vocabulary import check_tokens
+from tl_entity.hooks.watch import assure_finite, located
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 EDITABLE = ("q", "k", "v", "rot_q", "attn_scores", "z")
@@ -152,6 +155,7 @@ class CleanRun:
         Raises:
             InputError: if an edit lies before the recorded tokens or layers, at another hook point,
                 or is of a kind that this engine does not know.
+            NotFiniteError: if activations are NaN or infinite, naming where.
         """
         return self.answer_logits_each([hooks], tokens=tokens)[0]
 
@@ -164,9 +168,12 @@ class CleanRun:
         memory: int | None = None,
     ) -> Float[Tensor, "variant batch logits"]:
         """`answer_logits` of several lists of edits at once: `answer_resid_each`, unembedded."""
-        resid = self.answer_resid_each(variants, memory=memory)
-        wanted = None if tokens is None else tokens.expand(len(resid), -1, -1)
-        return unembed(self.model, resid, wanted)
+        if tokens is not None:
+            check_tokens(self.model, tokens, "wanted token of prompt")
+        with guarded(self.model):
+            resid = self.answer_resid_each(variants, memory=memory)
+            wanted = None if tokens is None else tokens.expand(len(resid), -1, -1)
+            return unembed(self.model, resid, wanted)
 
     @checked
     def answer_resid_each(
@@ -194,12 +201,14 @@ class CleanRun:
         for window in Window.each_length(self.prompts, self.start):
 
             def compute(chosen: list[int], window: Window = window) -> Tensor:
-                return self._recompute(window, [plans[index] for index in chosen])
+                some = [plans[index] for index in chosen]
+                return located(lambda: assure_finite(self._recompute(window, some)))
 
             size = rows_within(window.bytes_per_variant(self.model), memory // 2)
-            for some, final in halving(edited, size, compute):
-                for index, resid in zip(edited[some], final, strict=True):
-                    parts[index].append((window.members, resid))
+            with guarded(self.model):
+                for some, final in halving(edited, size, compute):
+                    for index, resid in zip(edited[some], final, strict=True):
+                        parts[index].append((window.members, resid))
         final = [_gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
         return torch.stack(final) if final else self.final.expand(0, -1, -1)
 

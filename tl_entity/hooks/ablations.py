@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.finite import check_finite
 from tl_entity.results import Result
 from tl_entity.tasks.batches import NO_ROLE, PromptBatch
 
@@ -43,6 +44,9 @@ LEAVES: dict[AblationKind, str] = {
 @dataclass(frozen=True)
 class Ablation(Result):
     """What ablated outputs are replaced by; made by `pooled_ablation` and its kin.
+
+    Raises:
+        NotFiniteError: if a value is NaN or infinite.
 
     Attributes:
         kind: what the outputs are taken from.
@@ -67,6 +71,11 @@ class Ablation(Result):
     prompt_tokens: Int[Tensor, "prompt length"] | None = None
     index_from: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.outputs is not None:
+            axes = "The ablation values [layer, row, head, d_head]"
+            check_finite(axes, self.outputs, "take them from sound runs")
 
     def __str__(self) -> str:
         return f"{self.kind}: leaves {LEAVES[self.kind]}"

@@ -12,6 +12,7 @@ from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.heads import Head
 from tl_entity.hooks.edits import Hook, ReplaceHeads, ReplaceToken, freeze_heads, patch_heads
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import HeadInput, hook_point, separate_kv_heads
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
@@ -51,7 +52,8 @@ def patched_values(
             pair.
     """
     # The clean run too, so that an edit that changes nothing leaves no trace of rounding.
-    with separate_kv_heads(model) if receiver_input in ("k", "v") else nullcontext():
+    apart = separate_kv_heads(model) if receiver_input in ("k", "v") else nullcontext()
+    with guarded(model), apart:
         layers = range(model.cfg.n_layers)
         z_points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
         clean_z = record(model, pairs.clean, z_points)

@@ -15,6 +15,7 @@ from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Head
+from tl_entity.hooks.guard import guarded
 
 HeadInput = Literal["q", "k", "v"]
 """What a head reads, as vectors: query, key, value."""
@@ -96,12 +97,15 @@ def separate_kv_heads(model: Model) -> Generator[None, None, None]:
     """Within this context `hook_k` and `hook_v` have one entry for every query head.
 
     Under grouped-query attention several query heads share a key and a value vector; edited here,
-    the vector of one query head changes alone and its siblings keep theirs.
+    the vector of one query head changes alone and its siblings keep theirs. No other thread works
+    on the model meanwhile.
 
     Raises:
-        InputError: if the model is a TransformerBridge whose attention is not that of a Llama.
+        InputError: if the model is a TransformerBridge whose attention is not that of a Llama, or
+            hooks are attached to the model.
     """
     with ExitStack() as stack:
+        stack.enter_context(guarded(model))
         if n_kv_heads(model.cfg) == model.cfg.n_heads:
             pass
         elif isinstance(model, HookedTransformer):

@@ -12,7 +12,10 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import FINAL_NORMALIZED
+from tl_entity.hooks.vocabulary import check_prompts, readable
+from tl_entity.hooks.watch import ScoreWatch, Watch, points_are_finite, watching_hooks
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -68,7 +71,9 @@ def answer_logits(
     Only that token is unembedded: a whole prompt's logits would need the most memory of all.
 
     Raises:
-        InputError: if a hook point does not exist or a hook does not fire.
+        InputError: if a hook point does not exist, a hook does not fire, hooks of others are
+            attached to the model, or it does not know a token of the prompts.
+        NotFiniteError: naming the first hook point whose activation is not finite.
     """
     last = prompts.position(ANSWER_POSITION)
 
@@ -77,7 +82,7 @@ def answer_logits(
         return normalized[rows, last.to(normalized.device)][:, None]
 
     with must_fire(model, [*hooks, (FINAL_NORMALIZED, keep_last)]) as watched:
-        return _forward(model, prompts, watched)[:, 0]
+        return _forward(model, prompts, watched, lambda logits: {"logits": logits})[:, 0]
 
 
 @checked
@@ -100,7 +105,8 @@ def record(
         hooks: edits made in the run; a recorded point is read after its edits.
 
     Raises:
-        InputError: if a hook point or position does not exist or a hook does not fire.
+        InputError: if a hook point or position does not exist, or as `answer_logits`.
+        NotFiniteError: as `answer_logits`.
     """
     cache: dict[str, Tensor] = {}
     positions = {at: prompts.position(at) for at in points.values() if isinstance(at, str)}
@@ -121,34 +127,60 @@ def record(
     # Past the highest block that is looked at, there is nothing to see.
     stop = max((int(match[1]) + 1 if match else model.cfg.n_layers for match in inside), default=0)
     with must_fire(model, watching) as watched:
-        _forward(model, prompts, watched, stop_at_layer=None if None in inside else stop)
+        _forward(
+            model,
+            prompts,
+            watched,
+            lambda _: cache,
+            stop_at_layer=None if None in inside else stop,
+        )
     return cache
 
 
 @checked
 def embed(model: Model, prompts: PromptBatch) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream ahead of the first block."""
-    return _forward(model, prompts, [], stop_at_layer=0)
+    """The residual stream ahead of the first block.
+
+    Raises:
+        InputError: as `answer_logits`.
+        NotFiniteError: as `answer_logits`.
+    """
+    return _forward(model, prompts, [], lambda resid: {"resid_pre": resid}, stop_at_layer=0)
 
 
 def _forward(
     model: Model,
     prompts: PromptBatch,
     hooks: list[tuple[str, HookFunction]],
+    wanted: Callable[[Tensor], Mapping[str, Tensor]],
     stop_at_layer: int | None = None,
 ) -> Tensor:
+    """Run the model. `wanted` is what must be finite of the run, given what the model puts out."""
     length = prompts.tokens.shape[1]
     if length > model.cfg.n_ctx:
         raise InputError(
             f"The prompts have up to {length} tokens, and the model takes {model.cfg.n_ctx}."
         )
-    # Given always: without one, TransformerLens guesses a mask from the pad token of tokenizers
-    # that pad on the left.
-    mask = prompts.mask.long()
-    return model.run_with_hooks(
-        prompts.tokens,
-        attention_mask=mask,
-        fwd_hooks=[*hooks],
-        return_type="logits",
-        stop_at_layer=stop_at_layer,
-    )
+    check_prompts(model, prompts)
+    tokens = readable(model, prompts)
+
+    def run(watching: Sequence[tuple[Any, HookFunction]]) -> Tensor:
+        return model.run_with_hooks(
+            tokens,
+            # Given always: without one, TransformerLens guesses a mask from the pad token of
+            # tokenizers that pad on the left.
+            attention_mask=prompts.mask.long(),
+            fwd_hooks=[*hooks, *watching],
+            return_type="logits",
+            stop_at_layer=stop_at_layer,
+        )
+
+    with guarded(model):
+        scores = ScoreWatch()
+        output = run([scores.hook])
+        if scores.is_finite and points_are_finite(wanted(output)):
+            return output
+        watch = Watch()
+        with torch.no_grad():
+            run(watching_hooks(model, watch))
+        raise watch.error()

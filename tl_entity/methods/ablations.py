@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_entity._model import Model
@@ -12,6 +12,7 @@ from tl_entity.errors import InputError
 from tl_entity.hooks.ablations import Ablation, AblationKind
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
+from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.ranks import gathered, share_of, summed
 from tl_entity.tasks.batches import NO_ROLE, PromptBatch
 
@@ -46,6 +47,7 @@ def pooled_ablation(
     Raises:
         InputError: if the prompts have no roles, or not those named.
     """
+    check_prompts(model, prompts)
     of_tokens = _roles(prompts)
     names = tuple(name for name in prompts.role_names if bool(prompts.where(name).any()))
     unknown = set(roles or ()) - set(names)
@@ -104,7 +106,8 @@ def resample_ablation(
     Raises:
         InputError: if the prompts have no roles.
     """
-    _roles(prompts)
+    check_prompts(model, prompts)
+    of_tokens = _roles(prompts)
     prompts = prompts.to(model.cfg.device or "cpu")
     share = share_of(len(prompts))
     kept: dict[str, list[Tensor]] = {}
@@ -124,7 +127,7 @@ def resample_ablation(
         outputs=heads,
         mlp_outputs=of_mlps,
         role_names=prompts.role_names,
-        row_roles=_roles(prompts)[mask],
+        row_roles=of_tokens[mask.cpu()],
         row_prompts=row_prompts,
         prompt_tokens=prompts.tokens.masked_fill(~mask, -1),
         seed=seed,
@@ -184,7 +187,7 @@ def make_ablation(
 @torch.no_grad()
 def mean_head_outputs(
     model: Model,
-    tokens: PromptBatch | Int[Tensor, "batch pos"],
+    tokens: PromptBatch | Shaped[Tensor, "batch pos"],
     *,
     batch_size: int = BATCH_SIZE,
 ) -> Float[Tensor, "layer pos head d_head"]:
@@ -199,12 +202,15 @@ def mean_head_outputs(
         batch_size: prompts run together.
 
     Raises:
-        InputError: if a batch is padded on the left, where positions do not line up.
+        InputError: if a batch is padded on the left, where positions do not line up, or empty, or
+            the model does not know a token or has hooks attached to it.
+        NotFiniteError: if weights or activations are NaN or infinite, naming where.
     """
     if not isinstance(tokens, PromptBatch):
         n, length = tokens.shape
         last = torch.full((n,), length - 1, device=tokens.device)
         tokens = PromptBatch(tokens, torch.zeros_like(last), {"last": last})
+    check_prompts(model, tokens)
     _check_right(tokens)
     n_pos = tokens.tokens.shape[1]
     rows = torch.where(tokens.mask.cpu(), torch.arange(n_pos), -1)

@@ -23,6 +23,7 @@ from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.edits import patch_heads
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
+from tl_entity.hooks.vocabulary import check_pairs
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
@@ -62,8 +63,9 @@ def activation_patch(
         memory: bytes that intermediate results may take; found from the device if left out.
 
     Raises:
-        InputError: if the prompts lack a position, the model a head, or the exact engine does not
-            fit the model.
+        InputError: if the prompts lack a position, the model a head or a token of the pairs, hooks
+            are attached to it, or the exact engine does not fit the model.
+        NotFiniteError: if weights, activations or logits are NaN or infinite, naming where.
     """
     (found,) = activation_patch_each(
         model, pairs, [heads], engine=engine, batch_size=batch_size, memory=memory
@@ -100,8 +102,7 @@ def activation_patch_each(
     Raises:
         InputError: as `activation_patch`; or if there are no pairs.
     """
-    if len(pairs) == 0:
-        raise InputError("There are no pairs to patch.")
+    check_pairs(model, pairs)
     chosen = [
         {position: at for position, at in heads_by_position(heads).items() if at}
         for heads in choices

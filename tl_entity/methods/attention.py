@@ -14,6 +14,7 @@ from tl_entity.errors import InputError
 from tl_entity.heads import Head
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import record
+from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.results import Result
 from tl_entity.tasks.batches import PromptBatch
 
@@ -96,9 +97,12 @@ def summarize_attention(
     fall on one token of a prompt, its weight counts for the first.
 
     Raises:
-        InputError: if a head or the position does not exist.
+        InputError: if a head or the position does not exist, the model does not know a token or has
+            hooks attached to it.
+        NotFiniteError: if weights or activations are NaN or infinite, naming where.
     """
     check_heads(model, heads)
+    check_prompts(model, prompts)
     prompts = prompts.to(model.cfg.device or "cpu")
     seer = prompts.position(from_position)
     seen = {name: index for name, index in prompts.positions.items() if bool((index <= seer).any())}
@@ -216,7 +220,8 @@ def attention_over_prompt(
         index: which prompt.
 
     Raises:
-        InputError: if a head does not exist, or there is no such prompt.
+        InputError: if a head does not exist, there is no such prompt, or as `summarize_attention`.
+        NotFiniteError: as `summarize_attention`.
     """
     if not 0 <= index < len(prompts):
         raise InputError(f"There is no prompt {index}: there are {len(prompts)}, counted from 0.")
@@ -228,6 +233,7 @@ def attention_over_prompt(
     found = []
     for model in named.values():
         check_heads(model, heads)
+        check_prompts(model, prompts)
         cache = record(model, one.to(model.cfg.device or "cpu"), points) if heads else {}
         patterns = [cache[hook_point("pattern", h.layer)][0, h.head].float().cpu() for h in heads]
         whole = torch.stack(patterns) if patterns else torch.empty(0, *[one.tokens.shape[1]] * 2)

@@ -16,11 +16,14 @@ from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.blocks import unembed
 from tl_entity.exact.memory import halving, memory_budget, prompts_within
 from tl_entity.exact.suffix import CleanRun
+from tl_entity.finite import NotFiniteError, are_finite
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.edits import ablate_heads
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads
 from tl_entity.hooks.run import answer_logits
+from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.ablations import BATCH_SIZE as BATCH_SIZE
 from tl_entity.methods.ablations import mean_head_outputs as mean_head_outputs
 from tl_entity.methods.path_patching import Engine
@@ -206,7 +209,10 @@ def evaluate(
     Raises:
         InputError: if heads are to be ablated and it is not said to what, or in two ways, the
             ablation does not fit the model or the prompts, a head, position or role does not exist,
-            a prompt has no answer, or the exact engine does not fit the model.
+            a prompt has no answer, the model does not know a token or has hooks attached to it, or
+            the exact engine does not fit the model.
+        NotFiniteError: if weights, ablation values, activations or logits are NaN or infinite,
+            naming where.
     """
     how: dict[str, Any] = {
         "ablation": ablation,
@@ -388,6 +394,11 @@ def evaluate_each(
         scores: list[Tensor] = []
         try:
             for logits in logits_of(chunk):
+                if not are_finite([logits]):
+                    raise NotFiniteError(
+                        "The logits are not finite; numbers are too large for the model's dtype.",
+                        "logits",
+                    )
                 chosen.append(logits.argmax(-1))
                 scores.append(log_probability(logits, wanted))
                 progress(len(chunk))
@@ -400,7 +411,8 @@ def evaluate_each(
         found = [some for _, some in halving(mine, size, compute)]
         return torch.cat([c for c, _ in found], -1), torch.cat([s for _, s in found], -1)
 
-    chosen, scores = shared_out(prompts, compute_mine)
+    with guarded(model):
+        chosen, scores = shared_out(prompts, compute_mine)
     chosen = chosen.to(answers.device)
     return [
         Evaluation(predicted, predicted == answers, score)
@@ -439,8 +451,7 @@ def _check_evaluation(
             check_heads(model, at)
             if at:
                 prompts.where(name)
-    if bool((prompts.answers < 0).any()):
-        raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
+    check_prompts(model, prompts, answered=True)
 
 
 @checked

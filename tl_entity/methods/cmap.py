@@ -21,8 +21,10 @@ from tl_entity.hooks.cross_model import (
     input_points,
 )
 from tl_entity.hooks.edits import patch_heads
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import HookFunction, answer_logits, record
+from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
@@ -79,8 +81,10 @@ def cmap(
 
     Raises:
         InputError: if the models differ in architecture or tokenizer, naming what differs; a head
-            or position does not exist; a prompt has no answer; `patch` is something else; or the
-            exact engine does not fit the base model.
+            or position does not exist; a prompt has no answer or a token that a model does not
+            know; `patch` is something else; hooks are attached to a model; or the exact engine does
+            not fit the base model.
+        NotFiniteError: if weights, activations or logits are NaN or infinite, naming where.
     """
     (found,) = cmap_each(
         base, tuned, prompts, [(heads, patch)], engine=engine, batch_size=batch_size, memory=memory
@@ -120,11 +124,15 @@ def cmap_each(
         InputError: as `cmap`.
     """
     check_same_architecture(base, tuned)
-    if bool((prompts.answers < 0).any()):
-        raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
-    known = min(base.cfg.d_vocab, tuned.cfg.d_vocab)
-    if bool((prompts.tokens[prompts.mask] >= known).any()):
-        raise InputError(f"A prompt has a token that only one of the models knows ({known} or up).")
+    known, most = sorted((base.cfg.d_vocab, tuned.cfg.d_vocab))
+    alone = prompts.mask & (prompts.tokens >= known) & (prompts.tokens < most)
+    if bool(alone.any()):
+        row, at = alone.nonzero()[0].tolist()
+        raise InputError(
+            f"Prompt {row} has at {at} the token {int(prompts.tokens[row, at])}, which only one of "
+            f"the models knows ({known} or up)."
+        )
+    check_prompts(base, prompts, answered=True)
     chosen = [
         ({at: some for at, some in heads_by_position(heads).items() if some}, patch)
         for heads, patch in choices
@@ -151,15 +159,16 @@ def cmap_each(
             )
         )
 
-    return evaluate_each(
-        base,
-        prompts,
-        len(chosen),
-        logits_of,
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
+    with guarded(base, tuned):
+        return evaluate_each(
+            base,
+            prompts,
+            len(chosen),
+            logits_of,
+            batch_size=batch_size,
+            memory=memory,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)

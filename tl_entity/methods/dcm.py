@@ -6,6 +6,7 @@ run to answer what it would with the counterfactual's information, at a price fo
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -20,6 +21,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import memory_budget
 from tl_entity.heads import Head
+from tl_entity.hooks.vocabulary import check_pairs
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation
 from tl_entity.methods.masked_forward import (
     SELECTED_BELOW,
@@ -209,8 +211,10 @@ def learn_mask(
 
     Raises:
         InputError: if there are no pairs or candidates, a candidate comes twice or does not exist,
-            the prompts lack the position, a pair has no target, epochs or batch size are below one,
-            or the exact engine does not fit the model.
+            the prompts lack the position, a pair has no target, the model does not know a token or
+            has hooks attached to it, epochs or batch size are below one, or the exact engine does
+            not fit the model.
+        NotFiniteError: if weights, activations, logits or masks are NaN or infinite, naming where.
     """
     masked = MaskedForward(model, candidates, position=position, engine=engine)
     budget = _Budget(memory_budget(model.cfg.device) if memory is None else memory)
@@ -365,9 +369,11 @@ def learn_masks(
     runs: list[MaskRun] = []
     for seed in seeds:
         budget = _Budget(bytes_free)
-        parts = [
-            _Recordings(masked, part, batch_size, budget) for part in _split(_drawn(pairs, seed))
-        ]
+        drawn = pairs if isinstance(pairs, PairBatch) else pairs(seed)
+        check_pairs(model, drawn)
+        if isinstance(pairs, PairBatch):
+            drawn = _shuffled(drawn, seed)
+        parts = [_Recordings(masked, part, batch_size, budget) for part in _split(drawn)]
         train, validation, test = parts
         n_steps = epochs * train.n_batches
 
@@ -397,6 +403,9 @@ class _Settings(NamedTuple):
     epochs: int
 
 
+# Gradients are needed here, whatever mode the caller is in.
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _train(
     masked: MaskedForward,
     train: "_Recordings",
@@ -404,6 +413,9 @@ def _train(
     settings: _Settings,
     progress: Callable[[MaskStep], object],
 ) -> HeadMask:
+    for name, number in (("sparsity", settings.sparsity), ("lr", settings.lr)):
+        if not math.isfinite(number):
+            raise InputError(f"{name} is {number}; give a number.")
     if settings.epochs < 1:
         raise InputError(f"{settings.epochs} epochs train nothing; ask for at least one.")
     n_steps = settings.epochs * train.n_batches
@@ -524,9 +536,7 @@ class _Recordings:
             raise InputError(
                 f"{len(pairs)} pairs in batches of {batch_size}: there must be at least one."
             )
-        d_vocab = masked.model.cfg.d_vocab
-        if bool(((pairs.targets < 0) | (pairs.targets >= d_vocab)).any()):
-            raise InputError("A pair has no target: every target must be a token.")
+        check_pairs(masked.model, pairs)
         self.pairs = pairs
         self.n_batches = -(-len(pairs) // batch_size)
         self._masked = masked
@@ -561,9 +571,7 @@ def _bytes_of(held: Any) -> int:
     return 0
 
 
-def _drawn(pairs: PairBatch | Callable[[int], PairBatch], seed: int) -> PairBatch:
-    if not isinstance(pairs, PairBatch):
-        return pairs(seed)
+def _shuffled(pairs: PairBatch, seed: int) -> PairBatch:
     generator = torch.Generator().manual_seed(seed)
     return pairs[torch.randperm(len(pairs), generator=generator).to(pairs.targets.device)]
 

@@ -17,6 +17,7 @@ from tl_entity.exact.blocks import unembed
 from tl_entity.exact.suffix import CleanRun
 from tl_entity.hooks.edits import Hook, knock_out
 from tl_entity.hooks.run import answer_logits
+from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
@@ -203,13 +204,13 @@ def knockout_curve(
     Raises:
         InputError: if a position is missing or `to_position` comes after `from_position` in a
             prompt, a token would be left with nothing to see, a prompt has no other token for the
-            control or no answer, the control lacks a seed, or the exact engine does not fit the
-            model.
+            control or no answer, the control lacks a seed, the model does not know a token or has
+            hooks attached to it, or the exact engine does not fit it.
+        NotFiniteError: if weights, activations or logits are NaN or infinite, naming where.
     """
     if random_draws < 0 or (random_draws > 0 and seed is None):
         raise InputError("A control needs a positive number of draws and a seed.")
-    if bool((prompts.answers < 0).any()):
-        raise InputError("Some prompts have no answer, so there is no accuracy to measure.")
+    check_prompts(model, prompts, answered=True)
     seer, seen = prompts.position(from_position), prompts.position(to_position)
     first = prompts.mask.int().argmax(1).to(seer)
     blind = (seer == seen) & (seer == first)

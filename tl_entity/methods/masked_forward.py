@@ -16,12 +16,15 @@ from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.suffix import CleanRun
+from tl_entity.finite import check_finite
 from tl_entity.heads import Head
 from tl_entity.hooks.edits import Hook, MaskHeads
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
+from tl_entity.hooks.vocabulary import check_pairs, check_tokens
 from tl_entity.methods.path_patching import Engine
-from tl_entity.tasks.batches import PairBatch
+from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 SELECTED_BELOW = 0.5
 """A head is selected if its m is below this: rounded, it takes the counterfactual's value."""
@@ -73,7 +76,8 @@ class MaskedForward(nn.Module):
         engine: "exact" recomputes only what the mask can change; "hooks" runs the whole model.
 
     Raises:
-        InputError: if there are no candidates, one comes twice, or the model lacks one.
+        InputError: if there are no candidates, one comes twice, the model lacks one, or it was made
+            in inference mode.
     """
 
     def __init__(
@@ -91,6 +95,11 @@ class MaskedForward(nn.Module):
         if len(set(candidates)) != len(candidates):
             raise InputError("A head is a candidate twice; its mask would be two.")
         check_heads(model, candidates)
+        if any(weight.is_inference() for weight in model.parameters()):
+            raise InputError(
+                "The model was made in torch.inference_mode(), and no gradient passes its weights; "
+                "make it outside."
+            )
         self.candidates = candidates
         self.position = position
         self.engine: Engine = engine
@@ -101,7 +110,10 @@ class MaskedForward(nn.Module):
         }
         # A mask in half precision could not be trained in small steps.
         dtype = torch.promote_types(model.cfg.dtype, torch.float32)
-        self.mask = nn.Parameter(torch.ones(len(candidates), dtype=dtype, device=model.cfg.device))
+        # Made in inference mode it could never be trained.
+        with torch.inference_mode(False):
+            mask = torch.ones(len(candidates), dtype=dtype, device=model.cfg.device)
+            self.mask = nn.Parameter(mask)
 
     @property
     def model(self) -> Model:
@@ -119,15 +131,20 @@ class MaskedForward(nn.Module):
         self.mask.clamp_(0, 1)
 
     @checked
+    @torch.inference_mode(False)
     @torch.no_grad()
     def record(self, pairs: PairBatch) -> RecordedPairs:
         """Run base and counterfactual prompts once, for any number of masked runs.
 
+        What is recorded can be used to train a mask, whatever mode it is recorded in.
+
         Raises:
-            InputError: if the prompts lack the position, or the exact engine does not fit the
-                model.
+            InputError: if the prompts lack the position, the model does not know a token or has
+                hooks attached to it, or the exact engine does not fit it.
+            NotFiniteError: if weights or activations are NaN or infinite, naming where.
         """
-        pairs = pairs.to(self.model.cfg.device or "cpu")
+        check_pairs(self.model, pairs, scored=False)
+        pairs = outside_inference(pairs.to(self.model.cfg.device or "cpu"))
         points: dict[str, str | None] = {
             hook_point("z", layer): self.position for layer in self._layers
         }
@@ -151,7 +168,8 @@ class MaskedForward(nn.Module):
         """Logits at the base prompts' `"last"` token; gradients reach the mask alone.
 
         Raises:
-            InputError: as `record`.
+            InputError: as `run`.
+            NotFiniteError: as `run`.
         """
         return self.run(pairs, self.mask)
 
@@ -168,10 +186,16 @@ class MaskedForward(nn.Module):
 
         Raises:
             InputError: as `record`.
+            NotFiniteError: as `record`, or if the mask is.
         """
+        check_finite(
+            "The mask", mask, "it was trained away from all numbers: try a lower learning rate"
+        )
         recorded = self.record(pairs) if isinstance(pairs, PairBatch) else pairs
+        if tokens is not None:
+            check_tokens(self.model, tokens, "wanted token of pair")
         hooks = self.edits(recorded, mask)
-        with _frozen(self.model):
+        with guarded(self.model), _frozen(self.model):
             if recorded.clean is not None:
                 return recorded.clean.answer_logits(hooks, tokens=tokens)
             logits = answer_logits(self.model, recorded.pairs.clean, hooks)
@@ -201,6 +225,27 @@ class MaskedForward(nn.Module):
 def selected_heads(heads: tuple[Head, ...], mask: Float[Tensor, " candidate"]) -> tuple[Head, ...]:
     """The heads whose m is below one half."""
     return tuple(head for head, m in zip(heads, mask.tolist(), strict=True) if m < SELECTED_BELOW)
+
+
+def outside_inference(pairs: PairBatch) -> PairBatch:
+    """The same pairs, in tensors that a gradient may be computed with: those made in inference mode
+    may not be kept for it."""
+
+    def normal(prompts: PromptBatch) -> PromptBatch:
+        mask = prompts.attention_mask
+        return PromptBatch(
+            tokens=_normal(prompts.tokens),
+            answers=_normal(prompts.answers),
+            positions={name: _normal(index) for name, index in prompts.positions.items()},
+            attention_mask=None if mask is None else _normal(mask),
+        )
+
+    foils = None if pairs.foils is None else _normal(pairs.foils)
+    return PairBatch(normal(pairs.clean), normal(pairs.corrupt), _normal(pairs.targets), foils)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 @contextmanager

@@ -14,10 +14,13 @@ from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact import path_patching as exact_engine
+from tl_entity.finite import check_finite
 from tl_entity.heads import Head
 from tl_entity.hooks import path_patching as hooks_engine
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.path_patching import Senders
 from tl_entity.hooks.points import HeadInput, check_heads
+from tl_entity.hooks.vocabulary import check_pairs, check_tokens
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
@@ -295,7 +298,8 @@ def path_patch(
     run's logits are scored. With receivers, their q, k or v at `position` are recorded in this run;
     the clean prompt is then run again, with just those overwritten and all else recomputed, and
     scored. A head's score is the mean over pairs of (P_patched - P_clean) / P_clean of the target
-    at the last token, or of another metric's change.
+    at the last token, or of another metric's change. A relative change is at most
+    exp(`tl_entity.metrics.MOST_LOG_CHANGE`) - 1.
 
     Under grouped-query attention, k and v receivers are query heads too: the shared vector is
     replaced for that head alone. A head at or above the highest receiver's layer scores exactly 0.
@@ -318,8 +322,10 @@ def path_patch(
 
     Raises:
         InputError: if the prompts lack the position, a receiver does not exist, receivers and
-            their input do not go together, the metric lacks what it needs, or the exact engine
-            does not fit the model.
+            their input do not go together, the metric lacks what it needs, the model does not
+            know a token of the pairs or has hooks attached to it, or the exact engine does not fit
+            the model.
+        NotFiniteError: if weights, activations or scores are NaN or infinite, naming where.
     """
     clean, patched = _run(
         "heads",
@@ -414,8 +420,9 @@ def _run(
     if (receivers is None) != (receiver_input is None):
         raise InputError("Receivers and receiver_input go together: give both or neither.")
     check_heads(model, receivers or ())
-    if bool(((pairs.targets < 0) | (pairs.targets >= model.cfg.d_vocab)).any()):
-        raise InputError("A pair has no target: every target must be a token of the vocabulary.")
+    check_pairs(model, pairs)
+    if metric.tokens is not None:
+        check_tokens(model, metric.tokens(pairs), f"{metric.name} of pair")
     how: dict[str, Any] = {
         "position": position,
         "senders": senders,
@@ -436,5 +443,9 @@ def _run(
         ]
         return torch.cat([clean for clean, _ in parts]), torch.cat([p for _, p in parts], -1)
 
-    clean, patched = shared_out(pairs.to(model.cfg.device or "cpu"), compute)
+    with guarded(model):
+        clean, patched = shared_out(pairs.to(model.cfg.device or "cpu"), compute)
+    advice = "the logits are finite, so it is the metric that is not defined for this pair"
+    check_finite(f"The metric {metric.name!r} of the clean runs", clean, advice)
+    check_finite(f"The metric {metric.name!r} by layer, sender and pair", patched, advice)
     return clean, patched

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tl_entity.errors import InputError
+from tl_entity.finite import check_finite
 from tl_entity.models.files import read_json, read_tensors
 
 # How tensors are named: the module, what it is, maybe the adapter's name, maybe a leaf.
@@ -127,6 +128,7 @@ class Adapter:
 
         Raises:
             InputError: if the adapter was made for another shape.
+            NotFiniteError: if the merged tensor is NaN or infinite.
         """
         for change in (self.replaced.get(key), self.low_rank.get(key)):
             if change is None:
@@ -137,6 +139,9 @@ class Adapter:
                     f"{tuple(change.shape)}, the base's {tuple(tensor.shape)}."
                 )
             tensor = change.merged(tensor) if isinstance(change, LowRank) else change
+            check_finite(
+                f"{self.place}: {key} merged", tensor, "the adapter or its scaling is damaged"
+            )
         return tensor
 
     def check_used(self, keys: set[str], base: str) -> None:
@@ -181,6 +186,7 @@ def read_adapter(folder: Path) -> Adapter:
 
     Raises:
         InputError: if there is none, it is damaged, or it does what merging can't represent.
+        NotFiniteError: naming the file and the tensor, if a number is NaN or infinite.
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
@@ -193,6 +199,9 @@ def read_adapter(folder: Path) -> Adapter:
     for name, tensor in read_tensors(weights):
         if not tensor.is_floating_point():
             raise InputError(f"{weights}: {name} holds no floating-point numbers.")
+        check_finite(
+            f"{weights}: {name}", tensor, "the file is damaged, or its training went astray"
+        )
         key = name.removeprefix(_PREFIX)
         found = _LOW_RANK.fullmatch(key)
         if found is None:
@@ -245,6 +254,8 @@ def _refuse_what_differs(file: Path, config: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise InputError(f"{file} has {name} {value!r}; it must be a positive number.")
+        if value > torch.finfo(torch.float32).max:
+            raise InputError(f"{file} has a {name} that is too large for float32.")
     for name in ("use_rslora", "use_dora"):
         if not isinstance(config.get(name) or False, bool):
             raise InputError(f"{file} has {name} {config[name]!r}; it must be true or false.")

@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -13,7 +12,7 @@ from tl_entity.errors import InputError
 from tl_entity.models.adapter import Adapter
 from tl_entity.models.checkpoint import Checkpoint
 from tl_entity.models.tokenizers import prepends_bos
-from tl_entity.models.weights import UNEMBEDDING, checked_tensors
+from tl_entity.models.weights import UNEMBEDDING, checked_tensors, converted, empty_weights
 
 
 def bridge(
@@ -55,14 +54,14 @@ def transformers_model(
     config = copy.deepcopy(checkpoint.config)
     # What the bridge's hooks on scores and patterns need.
     config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
-    with init_empty_weights(include_buffers=False):
+    with empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     shapes.setdefault(UNEMBEDDING, model.get_input_embeddings().weight.shape)
     untied = False
     for key, tensor in checked_tensors(checkpoint, shapes, adapter):
         module_name, _, name = key.rpartition(".")
-        value = tensor.to(device).to(dtype)
+        value = converted(f"{checkpoint.place}: {key}", tensor, dtype=dtype, device=device)
         parameter = nn.Parameter(value, requires_grad=False)
         model.get_submodule(module_name)._parameters[name] = parameter
         untied |= key == UNEMBEDDING

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -30,7 +29,7 @@ from tl_entity.models.tokenizers import (
     read_adapter_tokenizer,
     read_tokenizer,
 )
-from tl_entity.models.weights import install_weights, share_weights
+from tl_entity.models.weights import building, empty_weights, install_weights, share_weights
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -78,6 +77,7 @@ def load_model(
 
 
 @checked
+@torch.inference_mode(False)  # whose tensors no gradient could ever pass
 def load_model(
     name_or_path: str | Path | nn.Module,
     *,
@@ -134,6 +134,8 @@ def load_model(
     Raises:
         InputError: if the checkpoint is not there, is damaged, or cannot be represented exactly;
             the message says what and where.
+        NotFiniteError: if a weight is NaN or infinite, or too large for `dtype`, naming file and
+            tensor.
     """
     number, place = _dtype(dtype), usable_device(device, n_devices)
     if backend == "bridge" and n_devices > 1:
@@ -156,13 +158,14 @@ def load_model(
         own = checkpoint.tokenizer()
         if own is not None:
             fit_to_vocabulary(own, cfg.d_vocab, f"The tokenizer of {checkpoint.place}")
-    if backend == "bridge":
-        return bridge(checkpoint, merged, own, dtype=number, device=place)
-    model = _empty(cfg)
-    install_weights(model, checkpoint, merged)
-    _place_buffers(model)
-    _copy_rotary_tables(model, checkpoint.config)
-    return _finished(model, own)
+    with building:
+        if backend == "bridge":
+            return bridge(checkpoint, merged, own, dtype=number, device=place)
+        model = _empty(cfg)
+        install_weights(model, checkpoint, merged)
+        _place_buffers(model)
+        _copy_rotary_tables(model, checkpoint.config)
+        return _finished(model, own)
 
 
 @checked
@@ -201,6 +204,7 @@ def load_tokenizer(
 
 
 @checked
+@torch.inference_mode(False)
 def with_adapter(
     model: HookedTransformer,
     adapter: str | Path,
@@ -315,8 +319,7 @@ def usable_device(device: str | torch.device | None, n_devices: int) -> str:
 def _empty(cfg: HookedTransformerConfig) -> HookedTransformer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        # Buffers are small and made for real; only parameters wait for the checkpoint's.
-        with init_empty_weights(include_buffers=False):
+        with empty_weights():
             return HookedTransformer(cfg, move_to_device=False)
 
 

@@ -1,6 +1,8 @@
 """Checkpoint tensors as TransformerLens parameters: views of the file, never copies."""
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
 from tl_entity.errors import InputError
+from tl_entity.finite import DAMAGED, NotFiniteError, are_finite, check_finite
 from tl_entity.models.adapter import Adapter
 from tl_entity.models.checkpoint import Checkpoint
 from tl_entity.models.config import biased_projections
@@ -72,6 +75,30 @@ COMPUTED = "rotary_emb.inv_freq"
 """Ending of tensors in old checkpoints that follow from the configuration."""
 
 
+building = threading.RLock()
+"""Held while a model is built: meanwhile settings that are torch's own, for all threads, differ."""
+
+
+@contextmanager
+def empty_weights() -> Generator[None, None, None]:
+    """Within this context modules are built with their parameters on the meta device; buffers are
+    small and made for real. Modules that other threads build are left alone."""
+    thread = threading.get_ident()
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == thread:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    with building:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = register_empty
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register
+
+
 def checked_tensors(
     checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], adapter: Adapter | None = None
 ) -> Iterator[tuple[str, Tensor]]:
@@ -89,6 +116,7 @@ def checked_tensors(
         InputError: naming the file and the tensor, if a file is damaged or a tensor is unknown, of
             another shape than the configuration says, no floating-point numbers, there twice, or
             missing, or if the adapter belongs to another base.
+        NotFiniteError: naming the file and the tensor, if a number is NaN or infinite.
     """
     seen: dict[str, str] = {}
     tied = checkpoint.config.tie_word_embeddings
@@ -103,6 +131,7 @@ def checked_tensors(
             raise InputError(f"The tensor {key} is both in {seen[key]} and in {file}.")
         seen[key] = file
         _check(file, key, tensor, shapes[key])
+        check_finite(f"{file}: {key}", tensor, DAMAGED)
         if key == EMBEDDING and tied and parted:
             embedding = tensor
         yield key, tensor if adapter is None else adapter.applied(key, tensor)
@@ -141,7 +170,7 @@ def install_weights(
     }
     for key, tensor in checked_tensors(checkpoint, shapes, adapter):
         name, layout = places[key]
-        _install(model, name, layout.to_hooked(tensor, cfg))
+        _install(model, name, layout.to_hooked(tensor, cfg), f"{checkpoint.place}: {key}")
     if model.get_parameter("unembed.W_U").is_meta:
         _install(model, "unembed.W_U", model.embed.W_E.transpose(0, 1))
     _install_zero_biases(model)
@@ -162,7 +191,8 @@ def share_weights(model: HookedTransformer, source: HookedTransformer, adapter: 
             _install(model, name, parameter.detach())
             continue
         tensor = layout.to_checkpoint(parameter.detach())
-        _install(model, name, layout.to_hooked(adapter.applied(key, tensor), cfg))
+        value = layout.to_hooked(adapter.applied(key, tensor), cfg)
+        _install(model, name, value, f"{adapter.place}: {key}")
     # Where the checkpoint has no bias, TransformerLens has zeros.
     there = {
         key
@@ -207,6 +237,25 @@ def _check(file: str, key: str, tensor: Tensor, shape: torch.Size) -> None:
         )
 
 
+def converted(
+    where: str, tensor: Tensor, *, dtype: torch.dtype, device: str | torch.device
+) -> Tensor:
+    """A finite tensor on another device and in another dtype; the same one if it is so already.
+
+    Raises:
+        NotFiniteError: if it has numbers that the dtype cannot hold.
+    """
+    # To the device first: the narrower of two dtypes is what travels, and the wider is made there.
+    value = tensor.to(device).to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and not are_finite([value]):
+        largest, name = float(tensor.abs().max()), str(dtype).removeprefix("torch.")
+        raise NotFiniteError(
+            f"{where} has numbers up to {largest:.3g}, and {name} holds at most "
+            f"{torch.finfo(dtype).max:.3g}; load it in a wider dtype."
+        )
+    return value
+
+
 def _install_zero_biases(model: HookedTransformer) -> None:
     # TransformerLens always has all biases; here the checkpoint's own are in place already.
     for name, parameter in list(model.named_parameters()):
@@ -217,11 +266,10 @@ def _install_zero_biases(model: HookedTransformer) -> None:
         _install(model, name, torch.zeros(parameter.shape, dtype=model.cfg.dtype))
 
 
-def _install(model: HookedTransformer, name: str, value: Tensor) -> None:
+def _install(model: HookedTransformer, name: str, value: Tensor, where: str = "the model") -> None:
     module_name, _, parameter_name = name.rpartition(".")
     module: Any = model.get_submodule(module_name)
-    # To the device first: the narrower of two dtypes is what travels, and the wider is made there.
-    value = value.to(_device_of(model, name)).to(model.cfg.dtype)
+    value = converted(where, value, dtype=model.cfg.dtype, device=_device_of(model, name))
     module._parameters[parameter_name] = nn.Parameter(value, requires_grad=False)
 
 

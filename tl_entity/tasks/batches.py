@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from tl_entity._typing import checked
@@ -41,19 +41,26 @@ class PromptBatch:
 
     Raises:
         InputError: if `"last"` is missing, a position falls outside its prompt, a mask has holes,
-            a token follows `"last"`, a token has no role or padding has one, two roles share a
-            name, or a position and a role of one name are different tokens.
+            a token follows `"last"`, tokens, answers or positions are no whole numbers, a token has
+            no role or padding has one, two roles share a name, or a position and a role of one name
+            are different tokens.
     """
 
-    tokens: Int[Tensor, "batch pos"]
-    answers: Int[Tensor, " batch"]
-    positions: Mapping[str, Int[Tensor, " batch"]] = field(default_factory=dict)
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None
+    # Of any type here, and told in a sentence below if it is none of whole numbers.
+    tokens: Shaped[Tensor, "batch pos"]
+    answers: Shaped[Tensor, " batch"]
+    positions: Mapping[str, Shaped[Tensor, " batch"]] = field(default_factory=dict)
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None
     roles: Int[Tensor, "batch pos"] | None = None
     role_names: tuple[str, ...] = ()
     knowing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _set(self, tokens=_indices("tokens", self.tokens))
+        _set(self, answers=_indices("answers", self.answers))
+        _set(self, positions={at: _indices(repr(at), i) for at, i in self.positions.items()})
+        if self.attention_mask is not None and self.attention_mask.dtype != torch.bool:
+            _set(self, attention_mask=_indices("attention_mask", self.attention_mask))
         if ANSWER_POSITION not in self.positions:
             raise InputError(f"The prompts lack the named position {ANSWER_POSITION!r}.")
         mask = self.mask
@@ -205,15 +212,19 @@ class PairBatch:
         foils: the wrong token that a logit difference compares the target with.
 
     Raises:
-        InputError: if the numbers of clean and corrupt prompts, targets or foils differ.
+        InputError: if the numbers of clean and corrupt prompts, targets or foils differ, or targets
+            or foils are no whole numbers.
     """
 
     clean: PromptBatch
     corrupt: PromptBatch
-    targets: Int[Tensor, " batch"]
-    foils: Int[Tensor, " batch"] | None = None
+    targets: Shaped[Tensor, " batch"]
+    foils: Shaped[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
+        _set(self, targets=_indices("targets", self.targets))
+        if self.foils is not None:
+            _set(self, foils=_indices("foils", self.foils))
         if not len(self.clean) == len(self.corrupt) == len(self.targets):
             raise InputError(
                 f"{len(self.clean)} clean prompts, {len(self.corrupt)} corrupt prompts and "
@@ -250,6 +261,23 @@ class PairBatch:
         """The pairs in order, at most `size` at a time."""
         for start in _starts(len(self), size):
             yield self[start : start + size]
+
+
+def _indices(name: str, given: Tensor) -> Tensor:
+    """Token ids or indices as torch looks them up: to it narrower integers mean other things."""
+    kind = given.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise InputError(
+            f"The {name} of a batch are {str(kind).removeprefix('torch.')}, and must be whole "
+            "numbers, such as torch.long."
+        )
+    return given.long()
+
+
+def _set(batch: object, **values: object) -> None:
+    """Set attributes of a frozen dataclass while it is made."""
+    for name, value in values.items():
+        object.__setattr__(batch, name, value)
 
 
 def _starts(length: int, size: int) -> range:

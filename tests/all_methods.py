@@ -1,0 +1,143 @@
+"""Every method that runs a model, called on random prompts: for what must hold of all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tl_entity import (
+    Circuit,
+    Group,
+    Head,
+    MaskedForward,
+    PairBatch,
+    Stage,
+    activation_patch,
+    attention_over_prompt,
+    carries,
+    cmap,
+    cmap_by_group,
+    completeness,
+    discover_circuit,
+    evaluate,
+    evaluate_circuits,
+    evaluate_removals,
+    knock_out_attention,
+    learn_mask,
+    learn_masks,
+    mean_head_outputs,
+    minimality,
+    path_patch,
+    path_patch_mlps,
+    summarize_attention,
+)
+from tl_entity.hooks import answer_logits, hook_point, patch_from_model, record
+
+HEADS = [Head(1, 0), Head(2, 3)]
+CIRCUIT = Circuit((Group("late", "last", tuple(HEADS)), Group("early", "place", (Head(0, 1),))))
+STAGES = (Stage("late", "last"), Stage("early", "last", into="late", receiver_input="q"))
+
+Call = Callable[[Any, PairBatch, str], Any]
+
+
+def means(model: Any) -> torch.Tensor:
+    """Values for ablated heads that no run has made."""
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(1)
+    shape = (cfg.n_layers, 64, cfg.n_heads, cfg.d_head)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(cfg.dtype)
+
+
+METHODS: dict[str, Call] = {
+    "path_patch": lambda m, p, e: path_patch(m, p, engine=e).per_example,
+    "path_patch into v": lambda m, p, e: (
+        path_patch(
+            m, p, position="place", receivers=HEADS, receiver_input="v", engine=e
+        ).per_example
+    ),
+    "path_patch_mlps": lambda m, p, e: path_patch_mlps(m, p, engine=e).per_example,
+    "discover_circuit": lambda m, p, e: (
+        discover_circuit(m, p, sizes={"late": 2, "early": 1}, stages=STAGES, engine=e)
+        .scores["early"]
+        .per_example
+    ),
+    "evaluate": lambda m, p, e: evaluate(m, p.clean, engine=e).answer_log_probability,
+    "evaluate keep": lambda m, p, e: (
+        evaluate(m, p.clean, keep=CIRCUIT, mean_outputs=means(m), engine=e).answer_log_probability
+    ),
+    "evaluate remove": lambda m, p, e: (
+        evaluate(m, p.clean, remove=CIRCUIT, mean_outputs=means(m), engine=e).answer_log_probability
+    ),
+    "evaluate_circuits": lambda m, p, e: (
+        evaluate_circuits(m, p.clean, [CIRCUIT, {}], mean_outputs=means(m), engine=e)[
+            0
+        ].answer_log_probability
+    ),
+    "evaluate_removals": lambda m, p, e: (
+        evaluate_removals(m, p.clean, [CIRCUIT, {}], mean_outputs=means(m), engine=e)[
+            0
+        ].answer_log_probability
+    ),
+    "completeness": lambda m, p, e: (
+        completeness(m, p.clean, CIRCUIT, mean_outputs=means(m), seed=0, n_random=1, engine=e)
+        .groups[0]
+        .of_circuit.answer_log_probability
+    ),
+    "minimality": lambda m, p, e: (
+        minimality(
+            m, p.clean, CIRCUIT, mean_outputs=means(m), seed=0, engine=e
+        ).of_circuit.answer_log_probability
+    ),
+    "learn_mask": lambda m, p, e: learn_mask(m, p, HEADS, position="last", engine=e).trajectory,
+    "learn_masks": lambda m, p, e: (
+        learn_masks(m, p, HEADS, position="last", seeds=[0], engine=e).runs[0].mask.trajectory
+    ),
+    "MaskedForward": lambda m, p, e: MaskedForward(m, HEADS, position="last", engine=e)(p).detach(),
+    "activation_patch": lambda m, p, e: (
+        activation_patch(m, p, CIRCUIT, engine=e).answer_log_probability
+    ),
+    "carries": lambda m, p, e: torch.tensor(
+        [
+            found.accuracy
+            for found in carries(m, {"x": lambda seed: p}, CIRCUIT, seeds=[0], engine=e).entries
+        ]
+    ),
+    "cmap": lambda m, p, e: cmap(m, m, p.clean, CIRCUIT, engine=e).answer_log_probability,
+    "cmap of k and v": lambda m, p, e: (
+        cmap(m, m, p.clean, CIRCUIT, patch="kv", engine=e).answer_log_probability
+    ),
+    "cmap_by_group": lambda m, p, e: (
+        cmap_by_group(m, m, p.clean, CIRCUIT, seed=0, engine=e).base.answer_log_probability
+    ),
+    "knock_out_attention": lambda m, p, e: knock_out_attention(
+        m, p.clean, from_position="last", to_position="early", engine=e
+    ),
+}
+"""By name; called with a model, pairs and the engine."""
+
+PLAIN_RUNS: dict[str, Call] = {
+    "mean_head_outputs": lambda m, p, e: mean_head_outputs(m, p.clean),
+    "summarize_attention": lambda m, p, e: (
+        summarize_attention(m, p.clean, HEADS, from_position="last").weights
+    ),
+    "attention_over_prompt": lambda m, p, e: attention_over_prompt(m, p.clean, HEADS).weights,
+    "record": lambda m, p, e: record(m, p.clean, {hook_point("z", 2): "last"})[hook_point("z", 2)],
+    "answer_logits": lambda m, p, e: answer_logits(m, p.clean),
+    "patch_from_model": lambda m, p, e: answer_logits(
+        m, p.clean, patch_from_model(m, m, p.clean, CIRCUIT)
+    ),
+}
+"""Those that have no engine."""
+
+CALLS: dict[str, Callable[[Any, PairBatch], Any]] = {
+    **{
+        f"{name}, {engine}": lambda m, p, call=call, engine=engine: call(m, p, engine)
+        for name, call in METHODS.items()
+        for engine in ("exact", "hooks")
+    },
+    **{name: lambda m, p, call=call: call(m, p, "hooks") for name, call in PLAIN_RUNS.items()},
+}
+"""All of them, each with every engine."""
+
+ON_BRIDGE = {name: call for name, call in CALLS.items() if not name.endswith("exact")}
+"""Those that a TransformerBridge takes."""
