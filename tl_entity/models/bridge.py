@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from tl_entity.errors import InputError
 from tl_entity.models.adapter import Adapter
 from tl_entity.models.checkpoint import Checkpoint
+from tl_entity.models.files import reason
 from tl_entity.models.tokenizers import prepends_bos
 from tl_entity.models.weights import UNEMBEDDING, checked_tensors
 
@@ -55,8 +56,16 @@ def transformers_model(
     config = copy.deepcopy(checkpoint.config)
     # What the bridge's hooks on scores and patterns need.
     config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # unknown activations and rotary embeddings raise different kinds
+        raise InputError(
+            f"transformers can't make the model that {checkpoint.place} describes: "
+            f"{type(error).__name__}: {reason(error)}."
+        ) from None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     shapes.setdefault(UNEMBEDDING, model.get_input_embeddings().weight.shape)
     untied = False

@@ -19,7 +19,7 @@ from tl_entity.errors import InputError
 from tl_entity.models.adapter import Adapter, read_adapter
 from tl_entity.models.bridge import bridge
 from tl_entity.models.checkpoint import Checkpoint, folder_checkpoint, memory_checkpoint
-from tl_entity.models.config import hooked_config
+from tl_entity.models.config import check_config, hooked_config
 from tl_entity.models.files import reason
 from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
 from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
@@ -141,12 +141,16 @@ def load_model(
         )
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer, **access)
-    cfg = hooked_config(checkpoint.config, dtype=number, device=place, place=checkpoint.place)
-    cfg.n_devices = n_devices
+    check_config(checkpoint.config, place=checkpoint.place)
+    cfg = None
+    if backend == "hooked":
+        # What it can't represent is known before anything is read.
+        cfg = hooked_config(checkpoint.config, dtype=number, device=place, place=checkpoint.place)
+        cfg.n_devices = n_devices
     own = tokenizer or checkpoint.tokenizer()
     if own is not None:
-        replace_missing_padding(own, cfg.d_vocab)
-    if backend == "bridge":
+        replace_missing_padding(own, checkpoint.config.vocab_size)
+    if cfg is None:
         return bridge(checkpoint, merged, own, dtype=number, device=place)
     model = _empty(cfg)
     install_weights(model, checkpoint, merged)

@@ -190,7 +190,7 @@ def _places(
 
 def _why_unknown(key: str) -> str:
     if key.endswith(("gate_proj.bias", "up_proj.bias")):
-        return "is a bias inside a gated MLP, which HookedTransformer can't represent"
+        return "is a bias inside a gated MLP, which config.json does not announce (mlp_bias)"
     if ".lora_" in key or ".base_layer." in key:
         return "belongs to an adapter that was not merged"
     return "has no place in the model that config.json describes"
