@@ -401,8 +401,8 @@ def test_a_token_that_fine_tuning_added_does_no_harm() -> None:
         cmap(larger, base, reading, HEADS)
 
 
-@pytest.mark.parametrize("changes", [{"use_qk_norm": True}, {"attn_scores_soft_cap": 30.0}])
-def test_models_that_do_more_with_scores_are_refused(changes: dict) -> None:
+def test_models_that_do_more_with_scores_are_refused() -> None:
+    changes = {"attn_scores_soft_cap": 30.0}
     base, tuned = random_model(**SHAPE, **changes), random_model(**SHAPE, **changes, seed=1)
     prompts = random_prompts(2, 5)
     cmap(base, tuned, prompts, HEADS, patch="q", engine="hooks")

@@ -52,6 +52,52 @@ def test_logits_and_heads_are_those_of_both(make: Callable, tmp_path: Path) -> N
         torch.testing.assert_close(theirs[name], cache[name], atol=1e-4, rtol=1e-4)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: llama(num_key_value_heads=2, mlp_bias=True),
+        lambda: llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+        lambda: llama(hidden_act="relu2"),
+        lambda: mistral(hidden_act="tanh"),
+        # Longer prompts than the model was made for, whose angles are others.
+        lambda: llama(rope_parameters=DYNAMIC, max_position_embeddings=16),
+    ],
+)
+def test_what_only_huggingface_has(make: Callable, tmp_path: Path) -> None:
+    reference = make()
+    folder = save(reference, tmp_path)
+    with pytest.raises(InputError, match=r"HookedTransformer can't represent .*backend=\"bridge\""):
+        load_model(folder, device="cpu")
+    ours = bridged(folder)
+    with torch.no_grad():
+        agrees(ours(TOKENS), reference(TOKENS).logits)
+
+
+def test_a_setting_that_a_family_passes_over_is_no_obstacle(tmp_path: Path) -> None:
+    reference = qwen2(mlp_bias=True)  # Qwen2's MLPs have no biases, whatever the configuration says
+    folder = save(reference, tmp_path)
+    with torch.no_grad():
+        for ours in (bridged(folder), load_model(folder, device="cpu")):
+            agrees(ours(TOKENS), reference(TOKENS).logits)
+
+
+def test_what_transformers_does_not_know(tmp_path: Path) -> None:
+    folder = save(llama(), tmp_path)
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"silu"', '"nosuch"'))
+    with pytest.raises(InputError, match=r"transformers can't make the model .*'nosuch'"):
+        bridged(folder)
+
+
+def test_it_counts_the_tokens_of_the_model(tmp_path: Path) -> None:
+    """Which may be more than the tokenizer knows."""
+    ours = bridged(save(llama(vocab_size=64), tmp_path))
+    assert ours.cfg.d_vocab == ours.cfg.d_vocab_out == ours.W_E.shape[0] == 64
+
+
 def test_it_has_the_adapter_and_the_tokenizer(tmp_path: Path) -> None:
     base = save(llama(tie_word_embeddings=True), tmp_path / "base", prepends_bos=True)
     expected = adapt(base, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])

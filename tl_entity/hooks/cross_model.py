@@ -40,7 +40,10 @@ ROTARY_TOKENS = 512
 """How far the rotary embeddings of two bridges, which keep no table, are compared."""
 
 INPUT_POINTS = {"q": "q", "k": "rot_k", "v": "v"}
-"""Where each input of a head is read in the source model's run."""
+"""Where each input of a head is read in the source model's run.
+
+Where queries and keys are normalised (Qwen3), q is read at `rot_q`: it is the normalised one that
+is compared with keys."""
 
 
 @checked
@@ -56,7 +59,8 @@ def check_same_architecture(one: Model, other: Model) -> None:
     """
     for setting in SHARED_SETTINGS:
         ours, theirs = getattr(one.cfg, setting), getattr(other.cfg, setting)
-        if ours != theirs:
+        # With the norms' weights folded into what reads them ("RMSPre"), activations are the same.
+        if str(ours).removesuffix("Pre") != str(theirs).removesuffix("Pre"):
             raise InputError(
                 f"The models differ in {setting} ({ours} and {theirs}); "
                 "activations can only be patched between models of one architecture."
@@ -246,20 +250,22 @@ def patch_inputs_from_model(
     chosen = [head for at in by_position.values() for head in at]
     check_heads(source, chosen)
     with torch.no_grad():
-        cache = record(source, prompts, input_points(chosen, inputs))
+        cache = record(source, prompts, input_points(chosen, inputs, into))
     return input_hooks(cache, into, prompts, by_position, inputs=inputs)
 
 
 @checked
-def input_points(heads: Sequence[Head], inputs: str) -> dict[str, str | None]:
-    """The hook points that `input_hooks` reads, for `record`.
+def input_points(heads: Sequence[Head], inputs: str, model: Model) -> dict[str, str | None]:
+    """The hook points that `input_hooks` reads, for `record` of a model like this one.
 
     Raises:
         InputError: if `inputs` is not made of different letters of q, k, v.
     """
     _check_inputs(inputs)
     layers = sorted({head.layer for head in heads})
-    return {hook_point(INPUT_POINTS[which], layer): None for which in inputs for layer in layers}
+    return {
+        hook_point(_input_point(which, model), layer): None for which in inputs for layer in layers
+    }
 
 
 @checked
@@ -288,7 +294,7 @@ def input_hooks(
         _check_plain_attention(into)
     hooks: list[tuple[str, HookFunction]] = []
     if "q" in inputs:
-        hooks += patch_heads(cache, heads, into=prompts, point="q")
+        hooks += patch_heads(cache, heads, into=prompts, point=_input_point("q", into))
     for position, at in heads_by_position(heads).items():
         where = prompts.position(position)
         for layer in sorted({head.layer for head in at}):
@@ -334,12 +340,23 @@ def _check_inputs(inputs: str) -> None:
         raise InputError(f"{inputs!r} is not made of different letters of q, k and v.")
 
 
+def _input_point(which: str, model: Model) -> str:
+    return "rot_q" if which == "q" and _normalizes_queries(model) else INPUT_POINTS[which]
+
+
+def _normalizes_queries(model: Model) -> bool:
+    """Whether each head's queries and keys are normalised before the rotary embedding."""
+    if isinstance(model, HookedTransformer):
+        return bool(model.cfg.use_qk_norm)
+    attn: Any = model.blocks[0].attn
+    return "q_norm" in attn.submodules
+
+
 def _check_plain_attention(model: Model) -> None:
     cfg = model.cfg
     obstacles: Mapping[str, bool] = {
         "its positions are not rotary": cfg.positional_embedding_type != "rotary",
-        "it normalises queries and keys": bool(cfg.use_qk_norm)
-        or cfg.original_architecture
+        "it normalises the queries and keys of all heads together": cfg.original_architecture
         in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"),
         "it rescales queries with length": bool(getattr(cfg, "use_logn_attn", False)),
         "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,

@@ -126,7 +126,8 @@ def _separate_in_bridge(attn: Any, cfg: Any, stack: ExitStack) -> None:
     plain = isinstance(attn, PositionEmbeddingsAttentionBridge)
     if (
         not plain
-        or "k_norm" in attn.submodules
+        # A norm over the keys of all heads together would count the repeated ones.
+        or getattr(attn, "_qk_norm_phase", None) == "pre_reshape"
         or not hasattr(of_huggingface, "num_key_value_groups")
         or any(getattr(conversion, "n_heads", None) is None for conversion in conversions)
     ):

@@ -20,6 +20,18 @@ from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
+
+class _NamedAs:
+    """A hook point under the name it was asked for. On a TransformerBridge, where some of
+    HookedTransformer's names are aliases, its own name is another."""
+
+    def __init__(self, hook: Any, name: str) -> None:
+        self.hook, self.name = hook, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.hook, attribute)
+
+
 HookFunction = Callable[..., Tensor | None]
 """Called as `function(activation, hook=hook)`; what it returns, if anything, replaces the
 activation."""
@@ -30,7 +42,8 @@ def must_fire(
     model: Model, hooks: Iterable[tuple[str, HookFunction]]
 ) -> Generator[list[tuple[str, HookFunction]], None, None]:
     """The same hooks, watched: it is an error if one is at no hook point of the model, or the
-    context ends without it having been called.
+    context ends without it having been called. Each is called with the hook point under the name
+    given here, which on a TransformerBridge may be an alias.
 
         with must_fire(model, hooks) as watched:
             model.run_with_hooks(tokens, fwd_hooks=watched)
@@ -44,14 +57,14 @@ def must_fire(
             raise InputError(f"The model has no hook point {name!r}.")
     fired = [False] * len(hooks)
 
-    def watched(index: int, function: HookFunction) -> HookFunction:
+    def watched(index: int, name: str, function: HookFunction) -> HookFunction:
         def call(activation: Tensor, hook: Any) -> Tensor | None:
             fired[index] = True
-            return function(activation, hook=hook)
+            return function(activation, hook=hook if hook.name == name else _NamedAs(hook, name))
 
         return call
 
-    yield [(name, watched(index, function)) for index, (name, function) in enumerate(hooks)]
+    yield [(name, watched(index, name, function)) for index, (name, function) in enumerate(hooks)]
     silent = sorted({name for (name, _), was in zip(hooks, fired, strict=True) if not was})
     if silent:
         raise InputError(

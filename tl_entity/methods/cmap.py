@@ -141,7 +141,7 @@ def cmap_each(
     for heads, patch in chosen:
         flat = [head for some in heads.values() for head in some]
         check_heads(base, flat)
-        points |= _points(flat, patch)
+        points |= _points(flat, patch, base)
 
     def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
         # Padding may be a token that the other model lacks; it is masked in either.
@@ -386,7 +386,7 @@ def _counts(found: Evaluation) -> dict[str, float]:
     }
 
 
-def _points(heads: Sequence[Head], patch: str) -> dict[str, str | None]:
+def _points(heads: Sequence[Head], patch: str, base: Model) -> dict[str, str | None]:
     """What must be recorded in the tuned model's run."""
     if patch == OUTPUT:
         return {hook_point("z", head.layer): None for head in heads}
@@ -394,7 +394,7 @@ def _points(heads: Sequence[Head], patch: str) -> dict[str, str | None]:
         raise InputError(
             f"{patch!r} can't be patched: say 'output', or different letters of q, k and v."
         )
-    return input_points(heads, patch)
+    return input_points(heads, patch, base)
 
 
 def _edits(

@@ -1,67 +1,21 @@
-"""LoRA adapters: read from a folder that peft wrote, and merged into a base's weights as they
-stream by.
+"""LoRA adapters in memory, and how they are merged into a base's weights as these stream by.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685), rank-stabilised LoRA (Kalajdzievski 2023, arXiv 2312.03732)
 and DoRA (Liu et al. 2024, arXiv 2402.09353).
 """
 
+import copy
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from tl_entity.errors import InputError
 from tl_entity.finite import check_finite
-from tl_entity.models.files import read_json, read_tensors
-
-# How tensors are named: the module, what it is, maybe the adapter's name, maybe a leaf.
-_LOW_RANK = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector)(\.(?!(weight|bias)$)[^.]+)?(\.(?P<leaf>weight|bias))?"
-)
-_WRAPPER = re.compile(r"\.(base_layer|modules_to_save(\.(?!(weight|bias)$)[^.]+)?)(?=\.)")
-_PREFIX = "base_model.model."
-
-_HARMLESS = {
-    "alpha_pattern",
-    "auto_mapping",  # names classes to import; nothing here imports them
-    "base_model_name_or_path",
-    "bias",
-    "enable_lora",
-    "ephemeral_gpu_offload",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",  # peft itself sets it aside for linear layers
-    "inference_mode",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_config",
-    "megatron_core",
-    "merge_weights",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-"""The settings that are understood, or that change nothing once training is over."""
-
-_CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "orthogonal")
-"""Initialisations after which the adapter belongs to a changed copy of its base."""
+from tl_entity.models.checkpoint import EMBEDDING, UNEMBEDDING
 
 
 @dataclass(frozen=True)
@@ -101,13 +55,43 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """New rows of an embedding or unembedding, for some tokens (`trainable_token_indices`).
+
+    Attributes:
+        tokens: their numbers.
+        rows: [token, d_model].
+    """
+
+    tokens: tuple[int, ...]
+    rows: Tensor
+
+    def put_into(self, weight: Tensor) -> Tensor:
+        """The changed matrix; `weight` itself stays as it is."""
+        dtype = torch.promote_types(weight.dtype, self.rows.dtype)
+        changed = weight.to(dtype, copy=True)
+        changed[torch.tensor(self.tokens, device=weight.device)] = self.rows.to(changed)
+        return changed
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter in memory.
+
+    peft keeps the base's own weights apart from what takes their place: of two tied embeddings, a
+    tensor of the first kind changes both, one of the second only its own.
 
     Attributes:
         place: its folder, for messages.
         low_rank: by name of the weight it changes, in Hugging Face's names.
-        replaced: tensors that take the place of the base's (`modules_to_save`, trained biases).
+        replaced: tensors used in place of the base's (`modules_to_save`).
+        base: tensors of the base itself that were saved with it: trained biases, and embeddings
+            (`save_embedding_layers`), which have more or fewer rows than the base where the
+            vocabulary was resized.
+        rows: new rows of embeddings.
+        ties: whether a change of one of two tied embeddings is a change of both
+            (`ensure_weight_tying`).
+        saves: `modules_to_save` of its configuration.
         targets: `target_modules` of its configuration.
         in_all_layers: whether it should be found in every module that `targets` names.
     """
@@ -115,30 +99,81 @@ class Adapter:
     place: str
     low_rank: Mapping[str, LowRank]
     replaced: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    ties: bool = False
+    saves: Sequence[str] = ()
     targets: list[str] | str | None = None
     in_all_layers: bool = True
 
     @property
     def changes(self) -> set[str]:
         """The names of the weights that it changes."""
-        return {*self.low_rank, *self.replaced}
+        return {*self.low_rank, *self.replaced, *self.base, *self.rows}
 
-    def applied(self, key: str, tensor: Tensor) -> Tensor:
-        """The tensor of this name with the adapter merged: the same one if it is not concerned.
+    def d_vocab(self, of_base: int) -> int:
+        """How many tokens the adapted model has, where its base has so many.
 
         Raises:
-            InputError: if the adapter was made for another shape.
+            InputError: if two of the adapter's tensors disagree.
+        """
+        sizes = {
+            f"its {kind} {key}": tensor.shape[0]
+            for kind, tensors in (
+                ("tensor", self.base),
+                ("tensor", self.replaced),
+                ("LoRA weights for", self.low_rank),
+            )
+            for key, tensor in tensors.items()
+            if key in (EMBEDDING, UNEMBEDDING) and len(tensor.shape) == 2
+        }
+        if len(set(sizes.values())) > 1:
+            (one, first), (other, second) = (
+                min(sizes.items(), key=lambda item: item[1]),
+                max(sizes.items(), key=lambda item: item[1]),
+            )
+            raise InputError(
+                f"{self.place} is for vocabularies of different sizes: {one} has {first} rows, "
+                f"{other} {second}."
+            )
+        return next(iter(sizes.values()), of_base)
+
+    def changed(self, key: str, *, tied: bool) -> bool:
+        """Whether it changes this weight of a base whose embeddings are tied or are not."""
+        return any(found is not None for found in self._changes_of(key, tied))
+
+    def parts(self) -> bool:
+        """Whether embeddings that are tied in the base are no longer so."""
+        changes = [self._changes_of(key, tied=True)[1:] for key in (EMBEDDING, UNEMBEDDING)]
+        return any(one is not other for one, other in zip(*changes, strict=True))
+
+    def applied(self, key: str, tensor: Tensor, *, tied: bool) -> Tensor:
+        """The tensor of this name with the adapter merged: the same one if it is not concerned.
+
+        Args:
+            key: its name.
+            tensor: the base's.
+            tied: whether embedding and unembedding are one in the base.
+
+        Raises:
+            InputError: if the adapter was made for another shape, or for a larger vocabulary of
+                which it lacks the rows.
             NotFiniteError: if the merged tensor is NaN or infinite.
         """
-        for change in (self.replaced.get(key), self.low_rank.get(key)):
-            if change is None:
-                continue
-            if tuple(change.shape) != tuple(tensor.shape):
-                raise InputError(
-                    f"{self.place} was trained on another base: its {key} has shape "
-                    f"{tuple(change.shape)}, the base's {tuple(tensor.shape)}."
-                )
-            tensor = change.merged(tensor) if isinstance(change, LowRank) else change
+        of_base, whole, low_rank, rows = self._changes_of(key, tied)
+        for replacement in (of_base, whole):
+            if replacement is not None:
+                self._check_shape(key, replacement.shape, tensor.shape, resizes=True)
+                tensor = replacement
+        if key in (EMBEDDING, UNEMBEDDING):
+            tensor = self._resized(key, tensor)
+        if low_rank is not None:
+            self._check_shape(key, low_rank.shape, tensor.shape)
+            tensor = low_rank.merged(tensor)
+        if rows is not None:
+            self._check_rows(key, rows, tensor)
+            tensor = rows.put_into(tensor)
+        if self.changed(key, tied=tied):
             check_finite(
                 f"{self.place}: {key} merged", tensor, "the adapter or its scaling is damaged"
             )
@@ -157,17 +192,73 @@ class Adapter:
         unused = sorted(self.changes - keys)
         if unused:
             raise InputError(
-                f"{self.place} was trained on another base: it changes {unused[0]}, "
-                f"which {base} does not have."
+                f"{self.place} was trained on another base, or for another task: it changes "
+                f"{unused[0]}, which {base} does not have."
             )
+        for key in sorted(keys - self.replaced.keys()):
+            if not self.ties and any(is_part_of(key, module) for module in self.saves):
+                raise InputError(
+                    f"{self.place} has no {key}, which its modules_to_save name; it is incomplete "
+                    "or was trained on another base."
+                )
         if not self.in_all_layers:
             return
-        for key in sorted(keys - self.changes):
+        for key in sorted(keys - {*self.low_rank, *self.replaced}):
             if key.endswith("proj.weight") and self._targets(key.removesuffix(".weight")):
                 raise InputError(
                     f"{self.place} has no LoRA weights for {key.removesuffix('.weight')}, which "
                     "its target_modules name; it is incomplete or was trained on another base."
                 )
+
+    def _changes_of(
+        self, key: str, tied: bool
+    ) -> tuple[Tensor | None, Tensor | None, LowRank | None, TokenRows | None]:
+        """What there is for a weight: for the base's own, in its place, merged, and row by row."""
+        of_base, whole = self.base.get(key), self.replaced.get(key)
+        low_rank, rows = self.low_rank.get(key), self.rows.get(key)
+        other = {EMBEDDING: UNEMBEDDING, UNEMBEDDING: EMBEDDING}.get(key)
+        if not tied or other is None:
+            return of_base, whole, low_rank, rows
+        # One weight, seen twice; its name as the embedding goes first.
+        of_base = self.base.get(EMBEDDING, self.base.get(UNEMBEDDING))
+        if self.ties and whole is None and low_rank is None:
+            whole, low_rank = self.replaced.get(other), self.low_rank.get(other)
+        if key == UNEMBEDDING and rows is None:
+            # The rows of tied embeddings are always trained as one.
+            rows = self.rows.get(EMBEDDING)
+        return of_base, whole, low_rank, rows
+
+    def _resized(self, key: str, tensor: Tensor) -> Tensor:
+        """The rows of the tokens that the adapter was trained with."""
+        wanted = self.d_vocab(len(tensor))
+        if wanted <= len(tensor):
+            # Resizing takes rows from the end.
+            return tensor[:wanted]
+        raise InputError(
+            f"{self.place} was trained with a vocabulary of {wanted} tokens and lacks the new rows "
+            f"of {key}, of which the base has {len(tensor)}; merge it with peft, onto the base "
+            "resized as for the training, and give the merged folder."
+        )
+
+    def _check_shape(
+        self, key: str, ours: Sequence[int], of_base: Sequence[int], *, resizes: bool = False
+    ) -> None:
+        # An embedding may have more or fewer rows.
+        first = 1 if resizes and key in (EMBEDDING, UNEMBEDDING) else 0
+        if len(ours) != len(of_base) or tuple(ours[first:]) != tuple(of_base[first:]):
+            raise InputError(
+                f"{self.place} was trained on another base: its {key} has shape "
+                f"{tuple(ours)}, the base's {tuple(of_base)}."
+            )
+
+    def _check_rows(self, key: str, new: TokenRows, tensor: Tensor) -> None:
+        self._check_shape(key, new.rows.shape, (len(new.tokens), tensor.shape[1]))
+        beyond = [token for token in new.tokens if not 0 <= token < len(tensor)]
+        if beyond:
+            raise InputError(
+                f"{self.place} was trained on another base: it has a row of {key} for token "
+                f"{beyond[0]}, and there are {len(tensor)} tokens."
+            )
 
     def _targets(self, module: str) -> bool:
         match self.targets:
@@ -181,146 +272,22 @@ class Adapter:
                 return False
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """The LoRA adapter in a folder that peft wrote.
+def is_part_of(key: str, module: str) -> bool:
+    """Whether a tensor belongs to a module that `modules_to_save` names: by the end of its name, as
+    peft reads it."""
+    parts = key.split(".")
+    return any(".".join(parts[:length]).endswith(module) for length in range(1, len(parts)))
+
+
+def adapted_config(config: PretrainedConfig, adapter: Adapter | None) -> PretrainedConfig:
+    """The base's configuration, or a copy with the number of tokens that the adapter brings.
 
     Raises:
-        InputError: if there is none, it is damaged, or it does what merging can't represent.
-        NotFiniteError: naming the file and the tensor, if a number is NaN or infinite.
+        InputError: if the adapter's embeddings disagree on that number.
     """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise InputError(f"{folder} has no adapter_config.json; is it an adapter's folder?")
-    config = read_json(file)
-    _refuse_what_differs(file, config)
-    weights = _weights_file(folder)
-    parts: dict[str, dict[str, Tensor]] = {}
-    replaced: dict[str, Tensor] = {}
-    for name, tensor in read_tensors(weights):
-        if not tensor.is_floating_point():
-            raise InputError(f"{weights}: {name} holds no floating-point numbers.")
-        check_finite(
-            f"{weights}: {name}", tensor, "the file is damaged, or its training went astray"
-        )
-        key = name.removeprefix(_PREFIX)
-        found = _LOW_RANK.fullmatch(key)
-        if found is None:
-            key, known = _WRAPPER.sub("", key), replaced
-        else:
-            if found["leaf"] == "bias":
-                raise InputError(f"{weights}: {name} is a bias of LoRA itself; merge it with peft.")
-            known = parts.setdefault(f"{found['module']}.weight", {})
-            key = found["part"]
-        if key in known:
-            raise InputError(f"{weights} holds {name} twice, for two adapters.")
-        known[key] = tensor
-    if not parts:
-        raise InputError(f"{weights} holds no LoRA weights.")
-    low_rank = {key: _low_rank(weights, key, given, config) for key, given in parts.items()}
-    return Adapter(
-        place=str(folder),
-        low_rank=low_rank,
-        replaced=replaced,
-        targets=config.get("target_modules"),
-        in_all_layers=not config.get("layers_to_transform") and not config.get("exclude_modules"),
-    )
-
-
-def _refuse_what_differs(file: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(
-            f"{file} is of an adapter of type {kind!r}, and only LORA is merged here; merge it "
-            "with peft, if that can, and give the merged folder."
-        )
-    for name, value in config.items():
-        if value and name not in _HARMLESS and value != {}:
-            raise InputError(
-                f"{file} sets {name}, which is not supported; merge the adapter with peft and give "
-                "the merged folder."
-            )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
-        raise InputError(
-            f"{file} has init_lora_weights {start!r}, which changed the base before training; "
-            "merge the adapter with peft and give the merged folder."
-        )
-    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise InputError(f"{file} has {name} {patterns!r}; it must be an object.")
-        numbers |= {f"{name} for {pattern}": value for pattern, value in patterns.items()}
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise InputError(f"{file} has {name} {value!r}; it must be a positive number.")
-        if value > torch.finfo(torch.float32).max:
-            raise InputError(f"{file} has a {name} that is too large for float32.")
-    for name in ("use_rslora", "use_dora"):
-        if not isinstance(config.get(name) or False, bool):
-            raise InputError(f"{file} has {name} {config[name]!r}; it must be true or false.")
-    targets = config.get("target_modules")
-    if targets is not None and not (
-        isinstance(targets, str)
-        or (isinstance(targets, list) and all(isinstance(name, str) for name in targets))
-    ):
-        raise InputError(f"{file} has target_modules {targets!r}; it must be a list of names.")
-    patterns = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{file} has the pattern {pattern!r}: {error}.") from None
-
-
-def _weights_file(folder: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"{folder} holds no adapter_model.safetensors and no adapter_model.bin.")
-
-
-def _low_rank(file: Path, key: str, parts: dict[str, Tensor], config: dict[str, Any]) -> LowRank:
-    module = key.removesuffix(".weight")
-    is_embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
-    for name in names:
-        if name not in parts:
-            raise InputError(f"{file} lacks {name} for {module}.")
-    a, b = (parts[name] for name in names)
-    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-        raise InputError(
-            f"{file}: the factors for {module} have shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-            "which do not fit each other."
-        )
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    if len(a) != rank:
-        raise InputError(
-            f"{file}: the factors for {module} are of rank {len(a)}, but adapter_config.json says "
-            f"{rank}."
-        )
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    magnitude = parts.get("lora_magnitude_vector")
-    if bool(config.get("use_dora")) != (magnitude is not None):
-        there = "lacks" if magnitude is None else "has"
-        raise InputError(
-            f"{file} {there} a magnitude vector for {module}, and adapter_config.json says "
-            f"use_dora {bool(config.get('use_dora'))}."
-        )
-    if magnitude is not None and is_embedding:
-        raise InputError(
-            f"{file} has DoRA on {module}, an embedding, which is not supported; merge the adapter "
-            "with peft and give the merged folder."
-        )
-    if magnitude is not None and magnitude.shape != (len(b),):
-        raise InputError(f"{file}: the magnitude vector for {module} does not fit its factors.")
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return LowRank(a, b, scale, magnitude, is_embedding)
-
-
-def _by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    # As peft reads them: a pattern stands for the end of a module's name, from a dot on.
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
+    d_vocab = config.vocab_size if adapter is None else adapter.d_vocab(config.vocab_size)
+    if d_vocab == config.vocab_size:
+        return config
+    config = copy.deepcopy(config)
+    config.vocab_size = d_vocab
+    return config

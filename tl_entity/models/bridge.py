@@ -9,10 +9,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tl_entity.errors import InputError
-from tl_entity.models.adapter import Adapter
-from tl_entity.models.checkpoint import Checkpoint
+from tl_entity.models.adapter import Adapter, adapted_config
+from tl_entity.models.checkpoint import UNEMBEDDING, Checkpoint
+from tl_entity.models.files import reason
 from tl_entity.models.tokenizers import prepends_bos
-from tl_entity.models.weights import UNEMBEDDING, checked_tensors, converted, empty_weights
+from tl_entity.models.weights import checked_tensors, converted, empty_weights
 
 
 def bridge(
@@ -34,7 +35,7 @@ def bridge(
     """
     if tokenizer is None:
         raise InputError("A TransformerBridge needs a tokenizer: give one as tokenizer=.")
-    model = transformers_model(checkpoint, adapter, dtype, device)
+    model: Any = transformers_model(checkpoint, adapter, dtype, device)
     bos = prepends_bos(tokenizer)
     bridged = TransformerBridge.boot_transformers(
         checkpoint.place, hf_model=model, tokenizer=tokenizer, dtype=dtype, device=device
@@ -42,6 +43,8 @@ def bridge(
     # Without processing: the weights are the checkpoint's, only the names are the old ones.
     bridged.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     bridged.tokenizer = tokenizer
+    # Which made it the tokenizer's number of tokens.
+    bridged.cfg.d_vocab = bridged.cfg.d_vocab_out = model.config.vocab_size
     bridged.cfg.tokenizer_prepends_bos = bridged.cfg.default_prepend_bos = bos
     bridged.requires_grad_(False)
     return bridged.eval()
@@ -51,11 +54,19 @@ def transformers_model(
     checkpoint: Checkpoint, adapter: Adapter | None, dtype: torch.dtype, device: str
 ) -> nn.Module:
     """The transformers model of the checkpoint's configuration around the checkpoint's weights."""
-    config = copy.deepcopy(checkpoint.config)
+    config = copy.deepcopy(adapted_config(checkpoint.config, adapter))
     # What the bridge's hooks on scores and patterns need.
     config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
-    with empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with empty_weights():
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # unknown activations and rotary embeddings raise different kinds
+        raise InputError(
+            f"transformers can't make the model that {checkpoint.place} describes: "
+            f"{type(error).__name__}: {reason(error)}."
+        ) from None
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     shapes.setdefault(UNEMBEDDING, model.get_input_embeddings().weight.shape)
     untied = False

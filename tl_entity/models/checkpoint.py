@@ -12,6 +12,8 @@ from tl_entity.models.files import read_json, read_tensors, reason, weight_files
 from tl_entity.models.hub import TOKENIZER_FILES, find_folder
 from tl_entity.models.tokenizers import read_tokenizer
 
+EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -11,7 +11,8 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 
 ARCHITECTURES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
-"""The `model_type`s that HookedTransformer represents exactly."""
+"""The `model_type`s that are loaded: HookedTransformer represents them exactly, but for what is
+refused below, which a TransformerBridge can take."""
 
 ACTIVATIONS: dict[str, str] = {
     "gelu": "gelu",
@@ -22,6 +23,9 @@ ACTIVATIONS: dict[str, str] = {
     "swish": "silu",
 }
 """What transformers calls an activation, and what TransformerLens calls it."""
+
+ROTARY_TYPES: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+"""The kinds of rotary embedding that HookedTransformer represents."""
 
 MOST, MOST_LAYERS = 2**24, 2**12
 """No checkpoint has larger sizes, or more layers, and to make room for them would take all memory;
@@ -59,19 +63,10 @@ def hooked_config(
     Raises:
         InputError: if the architecture, or a feature of it, cannot be represented exactly.
     """
-    _refuse_what_differs(config)
-    _refuse_what_is_no_size(config, place)
-    _refuse_what_is_no_constant(config, place)
+    check_config(config, place=place)
+    _refuse_what_only_huggingface_has(config)
     window, attention_kinds = _windows(config, place)
-    n_heads = config.num_attention_heads
-    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    if n_heads % n_kv_heads:
-        raise InputError(
-            f"{place} has {n_heads} heads that can't share {n_kv_heads} key-value heads evenly."
-        )
-    if d_head % 2:
-        raise InputError(f"{place} has heads of odd size {d_head}, which can't be rotated.")
+    n_heads, n_kv_heads, d_head = _heads(config)
     return HookedTransformerConfig(
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -105,6 +100,27 @@ def hooked_config(
     )
 
 
+@checked
+def check_config(config: PretrainedConfig, *, place: str = "The checkpoint") -> None:
+    """Make sure that this is a model of the Llama family, whole and of sizes that make sense: what
+    every backend needs. `place` names the checkpoint in messages.
+
+    Raises:
+        InputError: saying what it is or has that can't be loaded.
+    """
+    _refuse_what_differs(config)
+    _refuse_what_is_no_size(config, place)
+    _refuse_what_is_no_constant(config, place)
+    _windows(config, place)
+    n_heads, n_kv_heads, d_head = _heads(config)
+    if n_heads % n_kv_heads:
+        raise InputError(
+            f"{place} has {n_heads} heads that can't share {n_kv_heads} key-value heads evenly."
+        )
+    if d_head % 2:
+        raise InputError(f"{place} has heads of odd size {d_head}, which can't be rotated.")
+
+
 def biased_projections(config: PretrainedConfig) -> frozenset[str]:
     """The attention projections (`q_proj` to `o_proj`) that have a bias in this model."""
     if config.model_type == "qwen2":
@@ -125,14 +141,38 @@ def _refuse_what_differs(config: PretrainedConfig) -> None:
     rope = _rope_parameters(config)
     rotated = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0)
     reasons = {
-        "its MLP has biases on gate_proj and up_proj": bool(getattr(config, "mlp_bias", False)),
-        f"its activation is {config.hidden_act!r}": config.hidden_act not in ACTIVATIONS,
         "its weights are quantised": getattr(config, "quantization_config", None) is not None,
+        # Of these families, transformers itself passes over the setting or can't run.
         "only a part of each head is rotated": rotated not in (None, 1.0),
     }
     for reason, applies in reasons.items():
         if applies:
-            raise InputError(f"HookedTransformer can't represent this checkpoint: {reason}.")
+            raise InputError(f"This checkpoint can't be loaded: {reason}.")
+
+
+def _refuse_what_only_huggingface_has(config: PretrainedConfig) -> None:
+    rope = _rope_parameters(config)["rope_type"]
+    reasons = {
+        # In the other families transformers passes over the setting.
+        "its MLP has biases on gate_proj and up_proj": config.model_type == "llama"
+        and bool(getattr(config, "mlp_bias", False)),
+        f"its activation is {config.hidden_act!r}": config.hidden_act not in ACTIVATIONS,
+        f"its rotary embedding is of type {rope!r}, and those supported are "
+        f"{', '.join(ROTARY_TYPES)}": rope not in ROTARY_TYPES,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise InputError(
+                f"HookedTransformer can't represent this checkpoint: {reason}; load it with "
+                'backend="bridge", and use engine="hooks".'
+            )
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Heads, key-value heads, and the size of a head."""
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    return n_heads, n_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // n_heads
 
 
 def _refuse_what_is_no_size(config: PretrainedConfig, place: str) -> None:
@@ -162,6 +202,17 @@ def _refuse_what_is_no_constant(config: PretrainedConfig, place: str) -> None:
     eps = config.rms_norm_eps
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < 1:
         raise InputError(f"{place} has rms_norm_eps {eps!r}; it must be a small number.")
+    rope = _rope_parameters(config)
+    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
+        given = rope.get(name, 1.0)
+        # A factor of yarn may be left open.
+        if given is None and name == "factor":
+            continue
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+            raise InputError(
+                f"The rotary embedding of {place} has {name} {given!r}; it must be a positive "
+                "number."
+            )
 
 
 def _windows(config: PretrainedConfig, place: str) -> tuple[int | None, list[str] | None]:
@@ -204,23 +255,11 @@ def _rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _rope(config: PretrainedConfig, place: str) -> dict[str, Any]:
-    """The rotary embedding as fields of HookedTransformerConfig."""
+    """The rotary embedding, of one of `ROTARY_TYPES`, as fields of HookedTransformerConfig."""
     rope = _rope_parameters(config)
-    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
-        given = rope.get(name, 1.0)
-        # A factor of yarn may be left open.
-        if given is None and name == "factor":
-            continue
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
-            raise InputError(
-                f"The rotary embedding of {place} has {name} {given!r}; it must be a positive "
-                "number."
-            )
     try:
         base = {"rotary_base": rope["rope_theta"]}
         match rope["rope_type"]:
-            case "default":
-                return base
             case "linear":
                 return base | {"rotary_scaling_factor": rope["factor"]}
             case "llama3":
@@ -246,10 +285,6 @@ def _rope(config: PretrainedConfig, place: str) -> dict[str, Any]:
                     "yarn_original_max_position_embeddings": trained,
                 }
             case _:
-                pass
+                return base
     except KeyError as error:
         raise InputError(f"The rotary embedding of {place} lacks {error}.") from None
-    raise InputError(
-        f"The checkpoint's rotary embedding is of type {rope['rope_type']!r}; "
-        "those supported are default, linear, llama3 and yarn."
-    )

@@ -1,6 +1,7 @@
 """`load_model`: from a name, a folder, a file, a hub id or a model in memory to a HookedTransformer
 with the same numbers."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -15,10 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.models.adapter import Adapter, read_adapter
+from tl_entity.models.adapter import Adapter, adapted_config
+from tl_entity.models.adapter_files import read_adapter
 from tl_entity.models.bridge import bridge
 from tl_entity.models.checkpoint import Checkpoint, folder_checkpoint, memory_checkpoint
-from tl_entity.models.config import hooked_config
+from tl_entity.models.config import check_config, hooked_config
 from tl_entity.models.files import reason
 from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
 from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
@@ -29,7 +31,13 @@ from tl_entity.models.tokenizers import (
     read_adapter_tokenizer,
     read_tokenizer,
 )
-from tl_entity.models.weights import building, empty_weights, install_weights, share_weights
+from tl_entity.models.weights import (
+    building,
+    empty_weights,
+    install_folded,
+    install_weights,
+    share_weights,
+)
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -51,6 +59,7 @@ def load_model(
     backend: Literal["hooked"] = "hooked",
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     n_devices: int = 1,
+    fold_norms: bool = False,
     revision: str | None = None,
     adapter_revision: str | None = None,
     token: str | None = None,
@@ -69,6 +78,7 @@ def load_model(
     backend: Literal["bridge"],
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     n_devices: int = 1,
+    fold_norms: bool = False,
     revision: str | None = None,
     adapter_revision: str | None = None,
     token: str | None = None,
@@ -88,6 +98,7 @@ def load_model(
     backend: Literal["hooked", "bridge"] = "hooked",
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     n_devices: int = 1,
+    fold_norms: bool = False,
     revision: str | None = None,
     adapter_revision: str | None = None,
     token: str | None = None,
@@ -95,10 +106,16 @@ def load_model(
 ) -> HookedTransformer | TransformerBridge:
     """A Llama-family checkpoint as a HookedTransformer with the numbers of Hugging Face's model.
 
-    Weights are not folded or centred, and do not require gradients. In the checkpoint's own dtype,
-    on the CPU, they are not copied either but views of its memory-mapped files: leave those in
-    place while the model lives. A change to a weight stays in memory and never reaches the file.
-    Another dtype or device makes one copy, matrix by matrix; an adapter copies what it changes.
+    Weights do not require gradients, and are not centred; nor are they folded, unless `fold_norms`
+    says so. **On a model that is not folded, TransformerLens's own tools that multiply the residual
+    stream by the unembedding (direct logit attribution, `logit_attrs` of a cache) leave out the
+    weights of the final norm: their numbers are silently wrong.** Load the model with
+    `fold_norms=True` for them; the methods of this package take either.
+
+    In the checkpoint's own dtype, on the CPU, weights are not copied either but views of its
+    memory-mapped files: leave those in place while the model lives. A change to a weight stays in
+    memory and never reaches the file. Another dtype or device makes one copy, matrix by matrix; an
+    adapter copies what it changes.
 
     The tokenizer is the checkpoint's own, at `model.tokenizer`, and its tokens are those of the
     checkpoint's tokenizer.json; an adapter's folder that has a tokenizer brings that one instead.
@@ -112,18 +129,29 @@ def load_model(
             which only tensors are read) and a tokenizer; a GGUF file; a Hugging Face hub id; or a
             causal language model of transformers, whose weights are then shared with it.
         adapter: a LoRA adapter to merge, plain, rank-stabilised or DoRA: folder or hub id. It is
-            merged in float32, and the base's files or model stay as they are.
+            merged in float32, and the base's files or model stay as they are. Whole modules, rows
+            of tokens and embeddings that it holds are used as peft uses them; with embeddings of
+            another size, the model has as many tokens as these have rows.
         gguf_file: the name of a GGUF file in the folder or hub repository. Quantised numbers are
             decoded; the tokenizer is the one beside the file, if there is one with its vocabulary,
             or else the file's own.
         dtype: of weights and activations: "float32", "float64", "float16", "bfloat16".
         device: such as "cpu" or "cuda:1"; CUDA where there is one if left out.
         backend: "hooked"; "bridge" for a TransformerBridge, Hugging Face's own modules with
-            TransformerLens's hook points.
+            TransformerLens's hook points. It also takes what HookedTransformer can't represent:
+            biases inside the MLP, and Hugging Face's other activations and rotary embeddings.
         tokenizer: one to use instead of the checkpoint's or the adapter's own, or where it is
             found. A model in memory brings none; the one of where it came from is used if that is
             on this machine.
         n_devices: CUDA devices to spread the layers over, from `device` on.
+        fold_norms: multiply the weights of each norm into the matrices that read it, as
+            TransformerLens's tools expect ("RMSPre"): those of the final norm into the unembedding,
+            those of the others into W_Q, W_K, W_V, W_gate and W_in. Logits and activations
+            stay the same up to float rounding (but for `unembed.hook_in`, which a weight precedes);
+            nothing is centred. These matrices are then copies in memory, and no views of the file
+            any more: all weights but W_O, W_out and the embedding, and of tied embeddings a second
+            one. In float32 or float64 only, where the products are exact but for the last digit,
+            and not on a bridge.
         revision: a branch, tag or commit of the model's hub repository.
         adapter_revision: likewise for the adapter's.
         token: for gated or private repositories; by default the one that the environment (HF_TOKEN)
@@ -140,6 +168,8 @@ def load_model(
     number, place = _dtype(dtype), usable_device(device, n_devices)
     if backend == "bridge" and n_devices > 1:
         raise InputError("A TransformerBridge is loaded onto one device; leave n_devices at 1.")
+    if fold_norms:
+        _check_foldable(backend, number)
     access: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
     entry = None if isinstance(name_or_path, nn.Module) else registered(name_or_path)
     if entry is not None and adapter is None:
@@ -151,21 +181,28 @@ def load_model(
         merged = read_adapter(folder)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer, **access)
-    cfg = hooked_config(checkpoint.config, dtype=number, device=place, place=checkpoint.place)
-    cfg.n_devices = n_devices
-    own = _choose_tokenizer(tokenizer, folder, cfg.d_vocab)
+    check_config(checkpoint.config, place=checkpoint.place)
+    config = adapted_config(checkpoint.config, merged)
+    cfg = None
+    if backend == "hooked":
+        # What it can't represent is known before anything is read.
+        cfg = hooked_config(config, dtype=number, device=place, place=checkpoint.place)
+        cfg.n_devices = n_devices
+    own = _choose_tokenizer(tokenizer, folder, config.vocab_size)
     if own is None:
         own = checkpoint.tokenizer()
         if own is not None:
-            fit_to_vocabulary(own, cfg.d_vocab, f"The tokenizer of {checkpoint.place}")
+            # The base's own, even where an adapter has fewer embeddings than the base.
+            size = max(config.vocab_size, checkpoint.config.vocab_size)
+            fit_to_vocabulary(own, size, f"The tokenizer of {checkpoint.place}")
     with building:
-        if backend == "bridge":
+        if cfg is None:
             return bridge(checkpoint, merged, own, dtype=number, device=place)
         model = _empty(cfg)
         install_weights(model, checkpoint, merged)
         _place_buffers(model)
         _copy_rotary_tables(model, checkpoint.config)
-        return _finished(model, own)
+        return _finished(_folded(model) if fold_norms else model, own)
 
 
 @checked
@@ -224,13 +261,14 @@ def with_adapter(
 
     Raises:
         InputError: if the adapter is not there, is damaged, belongs to another base, or cannot be
-            merged; if its tokenizer has tokens that the model has no embeddings for.
+            merged; if its tokenizer has tokens that the model has no embeddings for; or if the
+            model was loaded with `fold_norms=True`.
     """
     folder = find_folder(
         adapter, ADAPTER_FILES, revision=revision, token=token, local_files_only=local_files_only
     )
     merged = read_adapter(folder)
-    own = _choose_tokenizer(tokenizer, folder, model.cfg.d_vocab)
+    own = _choose_tokenizer(tokenizer, folder, merged.d_vocab(model.cfg.d_vocab))
     return _adapted(model, merged, own or model.tokenizer)
 
 
@@ -250,14 +288,51 @@ def _choose_tokenizer(
 def _adapted(
     model: HookedTransformer, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None
 ) -> HookedTransformer:
-    other = _empty(model.cfg)
+    if model.cfg.normalization_type != "RMS":
+        raise InputError(
+            "The weights of the model's norms are folded into matrices that an adapter changes; "
+            "give the adapter to load_model, together with fold_norms=True."
+        )
+    cfg = copy.deepcopy(model.cfg)
+    cfg.d_vocab = adapter.d_vocab(cfg.d_vocab)
+    # Left out, TransformerLens makes it the other's.
+    cfg.d_vocab_out = cfg.d_vocab
+    other = _empty(cfg)
     share_weights(other, model, adapter)
-    _place_buffers(other)
-    for block, original in zip(other.blocks, model.blocks, strict=True):
+    _share_buffers(other, model)
+    return _finished(other, tokenizer)
+
+
+def _check_foldable(backend: str, dtype: torch.dtype) -> None:
+    if backend == "bridge":
+        raise InputError(
+            "A TransformerBridge runs Hugging Face's own modules, whose norms have weights, so "
+            'fold_norms=True is for backend="hooked".'
+        )
+    if dtype not in (torch.float32, torch.float64):
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(
+            f"In {name} the products that fold_norms=True makes would be rounded, and the logits "
+            "be others; load the model in float32 or float64."
+        )
+
+
+def _folded(model: HookedTransformer) -> HookedTransformer:
+    """The same model with the weights of its norms in the matrices that read them."""
+    cfg = copy.deepcopy(model.cfg)
+    cfg.normalization_type = "RMSPre"
+    other = _empty(cfg)
+    install_folded(other, model)
+    _share_buffers(other, model)
+    return other
+
+
+def _share_buffers(model: HookedTransformer, source: HookedTransformer) -> None:
+    _place_buffers(model)
+    for block, original in zip(model.blocks, source.blocks, strict=True):
         here: Any = block.attn
         there: Any = original.attn
         here.rotary_cos, here.rotary_sin = there.rotary_cos, there.rotary_sin
-    return _finished(other, tokenizer)
 
 
 def find_checkpoint(

@@ -13,10 +13,8 @@ from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 from tl_entity.errors import InputError
 from tl_entity.finite import DAMAGED, NotFiniteError, are_finite, check_finite
 from tl_entity.models.adapter import Adapter
-from tl_entity.models.checkpoint import Checkpoint
+from tl_entity.models.checkpoint import EMBEDDING, UNEMBEDDING, Checkpoint
 from tl_entity.models.config import biased_projections
-
-EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Layout(NamedTuple):
@@ -109,8 +107,8 @@ def checked_tensors(
 
     Args:
         checkpoint: where they come from.
-        shapes: of every tensor that there must be, by Hugging Face's name.
-        adapter: merged where it has something for a tensor.
+        shapes: of every tensor that there must be in the end, by Hugging Face's name.
+        adapter: merged where it has something for a tensor; it may bring another number of tokens.
 
     Raises:
         InputError: naming the file and the tensor, if a file is damaged or a tensor is unknown, of
@@ -120,7 +118,7 @@ def checked_tensors(
     """
     seen: dict[str, str] = {}
     tied = checkpoint.config.tie_word_embeddings
-    parted = adapter is not None and bool(adapter.changes & {EMBEDDING, UNEMBEDDING})
+    parted = adapter is not None and adapter.parts()
     embedding: Tensor | None = None
     for file, key, tensor in checkpoint.tensors():
         if key.endswith(COMPUTED):
@@ -130,17 +128,20 @@ def checked_tensors(
         if key in seen:
             raise InputError(f"The tensor {key} is both in {seen[key]} and in {file}.")
         seen[key] = file
-        _check(file, key, tensor, shapes[key])
+        own = (
+            (checkpoint.config.vocab_size,) if key in (EMBEDDING, UNEMBEDDING) else shapes[key][:1]
+        )
+        _check(file, key, tensor, torch.Size((*own, *shapes[key][1:])))
         check_finite(f"{file}: {key}", tensor, DAMAGED)
         if key == EMBEDDING and tied and parted:
             embedding = tensor
-        yield key, tensor if adapter is None else adapter.applied(key, tensor)
+        yield key, tensor if adapter is None else adapter.applied(key, tensor, tied=tied)
         del tensor  # what is decoded or merged is let go before the next is read
     if tied and UNEMBEDDING not in seen and EMBEDDING in seen:
         seen[UNEMBEDDING] = seen[EMBEDDING]
         if adapter is not None and embedding is not None:
             # What an adapter does to one of the two it does not do to the other.
-            yield UNEMBEDDING, adapter.applied(UNEMBEDDING, embedding)
+            yield UNEMBEDDING, adapter.applied(UNEMBEDDING, embedding, tied=True)
     # Of two tied ones it is the embedding that would be missed.
     missing = [key for key in shapes if key not in seen and not (tied and key == UNEMBEDDING)]
     if missing:
@@ -171,8 +172,7 @@ def install_weights(
     for key, tensor in checked_tensors(checkpoint, shapes, adapter):
         name, layout = places[key]
         _install(model, name, layout.to_hooked(tensor, cfg), f"{checkpoint.place}: {key}")
-    if model.get_parameter("unembed.W_U").is_meta:
-        _install(model, "unembed.W_U", model.embed.W_E.transpose(0, 1))
+    _finish_unembedding(model)
     _install_zero_biases(model)
 
 
@@ -184,15 +184,22 @@ def share_weights(model: HookedTransformer, source: HookedTransformer, adapter: 
         InputError: if the adapter belongs to another base.
     """
     cfg = source.cfg
+    tied = cfg.tie_word_embeddings
     places = {name: (key, layout) for key, (name, layout) in _places(cfg, None).items()}
     for name, parameter in source.named_parameters():
         key, layout = places.get(name, ("", AS_IS))
-        if key not in adapter.changes:
-            _install(model, name, parameter.detach())
+        if key == UNEMBEDDING and tied and not adapter.parts():
+            continue
+        resized = model.cfg.d_vocab != cfg.d_vocab and key in (EMBEDDING, UNEMBEDDING)
+        if not resized and not adapter.changed(key, tied=tied):
+            if parameter.shape == model.get_parameter(name).shape:
+                _install(model, name, parameter.detach())
             continue
         tensor = layout.to_checkpoint(parameter.detach())
-        value = layout.to_hooked(adapter.applied(key, tensor), cfg)
+        value = layout.to_hooked(adapter.applied(key, tensor, tied=tied), cfg)
         _install(model, name, value, f"{adapter.place}: {key}")
+    _finish_unembedding(model)
+    _install_zero_biases(model)  # of an unembedding of another size
     # Where the checkpoint has no bias, TransformerLens has zeros.
     there = {
         key
@@ -200,6 +207,41 @@ def share_weights(model: HookedTransformer, source: HookedTransformer, adapter: 
         if not key.endswith(".bias") or bool(source.get_parameter(name).any())
     }
     adapter.check_used(there, "the model")
+
+
+def install_folded(model: HookedTransformer, source: HookedTransformer) -> None:
+    """Give a model on the meta device, whose norms have no weights, the parameters of another, the
+    weights of its norms multiplied into the matrices that read them: attention's queries, keys and
+    values, the MLP's two inputs, and the unembedding.
+
+    What is read is made anew and all else shared. The other model is used up: its parameters are
+    let go one by one, so that never more than one matrix is there twice.
+    """
+    for name, _ in list(model.named_parameters()):
+        norm = _norm_before(name)
+        value = source.get_parameter(name).detach()
+        if norm is not None:
+            # A matrix may have an axis of heads ahead of that of the residual stream.
+            value = value * source.get_parameter(norm).detach().to(value.device)[:, None]
+        _install(model, name, value)
+        if name != "embed.W_E":  # which may be the unembedding too
+            module, _, parameter = name.rpartition(".")
+            setattr(source.get_submodule(module), parameter, None)
+    model.cfg.tie_word_embeddings = False
+
+
+def _norm_before(name: str) -> str | None:
+    """The weights of the norm whose output this matrix reads, if it reads one."""
+    module, _, parameter = name.rpartition(".")
+    match module.rpartition(".")[2], parameter.lstrip("_"):
+        case "attn", "W_Q" | "W_K" | "W_V":
+            return f"{module.removesuffix('attn')}ln1.w"
+        case "mlp", "W_gate" | "W_in":
+            return f"{module.removesuffix('mlp')}ln2.w"
+        case "unembed", "W_U":
+            return "ln_final.w"
+        case _:
+            return None
 
 
 def _places(
@@ -220,7 +262,7 @@ def _places(
 
 def _why_unknown(key: str) -> str:
     if key.endswith(("gate_proj.bias", "up_proj.bias")):
-        return "is a bias inside a gated MLP, which HookedTransformer can't represent"
+        return "is a bias inside a gated MLP, which config.json does not announce (mlp_bias)"
     if ".lora_" in key or ".base_layer." in key:
         return "belongs to an adapter that was not merged"
     return "has no place in the model that config.json describes"
@@ -254,6 +296,14 @@ def converted(
             f"{torch.finfo(dtype).max:.3g}; load it in a wider dtype."
         )
     return value
+
+
+def _finish_unembedding(model: HookedTransformer) -> None:
+    """Where there is none of its own, it is the embedding."""
+    tied = model.get_parameter("unembed.W_U").is_meta
+    if tied:
+        _install(model, "unembed.W_U", model.embed.W_E.transpose(0, 1))
+    model.cfg.tie_word_embeddings = tied
 
 
 def _install_zero_biases(model: HookedTransformer) -> None:
