@@ -30,7 +30,7 @@ def paired_ratio_interval(both: int, only_one: int, only_other: int) -> Interval
     the same 24 right in both 0.86 to 1.16. Prompts on which neither succeeds say nothing.
 
     In simulations over 20 to 300 prompts, denominators of .2 to .99 and ratios of .05 to 1 it holds
-    the true ratio in 94 to 97 % of cases, and in more where few prompts differ between the two. The
+    the true ratio in 93 to 97 % of cases, and in more where few prompts differ between the two. The
     lowest was 92.5 %: 20 prompts of which the numerator succeeds on one in twenty, where one count
     more or less would make it 98 %.
 

@@ -49,7 +49,7 @@ def paired_share_interval(table: Float64[np.ndarray, "8"]) -> Interval:
     other, and there is no interval.
 
     In simulations over 20 to 300 prompts, gains of .05 to .6 and shares of 0 to 1 the shares not
-    contradicted hold the true one in 94 to 97 % of cases where `part` answers some prompts of its
+    contradicted hold the true one in 93 to 97 % of cases where `part` answers some prompts of its
     own accord, and in more, up to all, where a handful of prompts differ or it answers nothing but
     what it has from the other two.
 
