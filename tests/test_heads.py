@@ -144,3 +144,17 @@ def test_a_node_is_written_as_it_is_read() -> None:
     for wrong in ("L10H3", "L10@label", "MLP@label", "L1H2@"):
         with pytest.raises(InputError, match="does not name a node"):
             Node.parse(wrong)
+
+
+def test_a_circuit_is_cut_down_group_by_group() -> None:
+    circuit = Circuit.entity_tracking(
+        value_fetcher=[(3, 1), (2, 0), (3, 2)], pos_detector=[(1, 1)], struct_reader=[(0, 0)]
+    )
+    found = circuit.restrict({"value_fetcher": [(3, 2), (3, 1)], "pos_detector": []})
+    assert found.value_fetcher == (Head(3, 1), Head(3, 2))
+    assert found.pos_detector == () and found.struct_reader == (Head(0, 0),)
+    assert found.sizes == {**circuit.sizes, "value_fetcher": 2, "pos_detector": 0}
+    with pytest.raises(InputError, match=r"L1H1 is not in the group 'value_fetcher'"):
+        circuit.restrict({"value_fetcher": [(1, 1)]})
+    with pytest.raises(InputError, match="no group 'nothing'"):
+        circuit.restrict({"nothing": []})

@@ -230,6 +230,12 @@ def _add_study_options(command: "_OneLineParser") -> None:
         help="draws of the prompts that heads are patched on (default: 5)",
     )
     add(
+        "--ceiling",
+        action="store_true",
+        help="find the base's circuit once more from other pairs, to set what two circuits share "
+        "beside what one shares with itself",
+    )
+    add(
         "--all-pairs",
         action="store_true",
         help="also find circuits from prompts that the model answers wrong",
@@ -501,6 +507,7 @@ def _reproduce(options: argparse.Namespace) -> None:
         sparsities=options.sparsity,
         mask_seeds=options.mask_seeds,
         draws=options.draws,
+        ceiling=options.ceiling,
         # A method's own command may ask for nothing more than the circuits.
         only=experiments_for(options.only or ()) if options.only or by_name else options.only,
         all_pairs=options.all_pairs,

@@ -204,6 +204,29 @@ class Circuit:
             together[group.position] = together.get(group.position, ()) + group.heads
         return together
 
+    def restrict(self, heads: Mapping[str, Iterable[tuple[int, int]]]) -> "Circuit":
+        """The circuit with some groups cut down to those of their heads that are named, such as the
+        heads that DCM selected; a group that is left out stays whole.
+
+        Raises:
+            InputError: if there is no such group, or it does not have such a head.
+        """
+        wanted = {name: {Head(*head) for head in some} for name, some in heads.items()}
+        for name, some in wanted.items():
+            if name not in self.sizes:
+                raise InputError(f"The circuit has no group {name!r} to cut down.")
+            strange = sorted(some - set(self[name]))
+            if strange:
+                raise InputError(f"{strange[0]} is not in the group {name!r}, which is cut down.")
+        return Circuit(
+            tuple(
+                group._replace(heads=tuple(h for h in group.heads if h in wanted[group.name]))
+                if group.name in wanted
+                else group
+                for group in self.groups
+            )
+        )
+
     def to_json(self) -> str:
         """The circuit as JSON: `{"value_fetcher": [[layer, head], ...], ...}`.
 

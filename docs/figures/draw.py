@@ -52,7 +52,7 @@ def attention_and_comparison():
     attention = attention_over_prompt(models, pairs.clean, fetcher, index=wrong)
     return {
         "attention": attention.plot(),
-        "comparison": compare(*found, seed=0, paired=True).plot(),
+        "comparison": compare(*found, paired=True).plot(),
     }
 
 

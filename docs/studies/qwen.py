@@ -131,7 +131,7 @@ def circuits(models: Any, same: Any) -> str:
                 str(len(found["shared"])),
                 f"{found['shared_by_chance']:.2f}",
                 f"{found['p_value']:.1g}",
-                with_interval(found, "rank_correlation"),
+                share(found["rank_correlation"]),
             ]
         )
     whole = same["whole"]

@@ -298,19 +298,16 @@ def test_faithfulness_by_hand() -> None:
     circuit = evaluation([1, 1, 0, 0, 0])
     found = Faithfulness.of(circuit, model, seed=0)
     assert found.value == 0.5
-    assert found.interval.low < 0.5 < found.interval.high <= 1
-    # Every resampled pair of accuracies is a ratio of whole numbers up to five.
-    assert any(
-        found.interval.high == pytest.approx(a / b) for b in range(1, 6) for a in range(b + 1)
-    )
-    assert found == Faithfulness.of(circuit, model, seed=0)
-    same = Faithfulness.of(model, model, seed=0)
-    # Four prompts right in both: what was not asked may differ. By Bonett and Price the ratio goes
-    # from n / (n + z²) to its inverse, z² being 1.96² · 6 / (2 · 5).
+    # Right on 2 of the model's 4: below, Wilson's limit of 2 of 4; above, (2 + z²) / 4.
+    assert found.interval == pytest.approx((0.150, 1.460), abs=1e-3)
+    assert found == Faithfulness.of(circuit, model, seed=1) == Faithfulness.of(circuit, model)
+    same = Faithfulness.of(model, model)
+    # Four prompts right in both: what was not asked may differ. The ratio goes from n / (n + z²) to
+    # its inverse.
     assert same.value == 1.0
-    assert same.interval == pytest.approx((4 / 6.305, 6.305 / 4), abs=1e-3)
+    assert same.interval == pytest.approx((4 / 7.841, 7.841 / 4), abs=1e-3)
     many = evaluation([1] * 190 + [0] * 10)
-    assert Faithfulness.of(many, many, seed=0).interval == pytest.approx((0.99, 1.01), abs=1e-3)
+    assert Faithfulness.of(many, many).interval == pytest.approx((0.98, 1.02), abs=1e-3)
     # Nothing of 24 is not nothing at all: up to 1.96² / 24.
     nothing = Faithfulness.of(evaluation([0] * 24), evaluation([1] * 24), seed=0)
     assert nothing.value == 0.0

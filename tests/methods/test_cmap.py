@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from tl_entity.hooks.cross_model import (
 )
 from tl_entity.methods.cmap import WHOLE_CIRCUIT, cmap, cmap_by_group, cmap_each
 from tl_entity.models.registry import planted_circuit
+from tl_entity.stats import paired_share
 
 SHAPE = {"n_layers": 3, "n_heads": 4, "n_kv_heads": 2}
 BASE, TUNED = random_model(**SHAPE), random_model(**SHAPE, seed=1)
@@ -225,12 +227,16 @@ def test_what_is_broken_in_the_base_is_what_patching_repairs(
     assert found.base.accuracy < 0.5
     group = "copier" if head == COPY else "note_taker"
     for entry in found.entries:
+        evaluations = found.base, entry.evaluation, found.tuned
+        share = paired_share(*(evaluation.correct.numpy() for evaluation in evaluations))
+        assert (entry.recovered, entry.recovered_interval) == share
+        assert entry.recovered_interval.low < entry.recovered < entry.recovered_interval.high
         # Patching outputs repairs queries, keys and values, but not what is made of the output.
         repaired = brings and entry.patch in ("output", brings)
         if repaired and entry.group in (group, WHOLE_CIRCUIT):
             assert entry.evaluation.accuracy == 1.0
             assert entry.recovered == 1.0
-            # Right on just the tuned model's prompts: no draw differs, and yet 40 are not all.
+            # Right on just the tuned model's prompts, and yet 40 are not all.
             low, high = entry.recovered_interval
             assert 0.8 < low < 0.95 and 1.05 < high < 1.2
         elif head == COPY:
@@ -271,6 +277,9 @@ def test_what_each_group_brings_is_counted() -> None:
     same = cmap_by_group(base, base, prompts, GROUPS, seed=0, patches=["output"])
     assert all(entry.gain == 0 for entry in same.entries)
     assert all(math.isnan(entry.recovered) for entry in same.entries)
+    # Of what may be nothing there is no share, and no interval of one.
+    assert np.isnan([entry.recovered_interval for entry in same.entries]).all()
+    assert "no share of the gain, which may be nothing on these prompts" in str(same.entries[0])
 
 
 def test_the_default_pairs_gain_comes_from_its_value_fetchers() -> None:

@@ -62,23 +62,21 @@ def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
     assert table["ablation"].tolist() == [*["pooled"] * 3, "index"]
 
 
-def overlap(jaccard, low, high):
+def overlap(jaccard):
     return {
         "first": 2, "second": 2, "shared": [[0, 0]], "only_first": [], "only_second": [],
         "shared_by_chance": 0.5, "p_value": 0.1, "population": 9,
-        "jaccard": jaccard, "jaccard_interval": [low, high],
+        "jaccard": jaccard,
         "jaccard_by_chance": 0.2, "jaccard_by_chance_interval": [0.0, 0.3],
-        "precision": 0.6, "precision_interval": [0.5, 0.7],
-        "recall": 0.7, "recall_interval": [0.6, 0.8],
-        "rank_correlation": None, "rank_correlation_interval": [None, None],
+        "precision": 0.6, "recall": 0.7, "rank_correlation": None,
     }  # fmt: skip
 
 
 def test_the_comparison_shows_each_group_beside_chance():
-    groups = {group: overlap(0.5, 0.2, 0.6) for group in GROUPS}
+    groups = {group: overlap(0.5) for group in GROUPS}
     # A group without heads in either circuit has nothing to compare.
-    groups["struct_reader"] = overlap(None, None, None)
-    same = {"groups": groups, "whole": overlap(0.4, 0.3, 0.5), "paired": True}
+    groups["struct_reader"] = overlap(None)
+    same = {"groups": groups, "whole": overlap(0.4), "paired": True, "ceiling": None}
     found = results(
         models={"base": model(), "tuned": model() | {"label": "tuned"}}, same_circuit=same
     )
@@ -86,8 +84,17 @@ def test_the_comparison_shows_each_group_beside_chance():
     names = ["A value_fetcher", "B pos_transmitter", "C pos_detector", "whole circuit"]
     assert list(circuits.x) == list(random.x) == names
     assert list(circuits.y) == [0.5, 0.5, 0.5, 0.4]
-    assert circuits.customdata[3] == "0.400 [0.300, 0.500]"
+    # The index has no interval, and none is drawn.
+    assert circuits.customdata[3] == "0.400" and circuits.error_y.visible is False
+    assert random.error_y.visible is not False
     assert random.customdata[0] == "0.200 [0.000, 0.300]"
     row = tables_of(found)["comparison"].iloc[-1]
-    assert (row["precision_low"], row["recall_high"]) == (0.5, 0.8)
+    assert (row["precision"], row["recall"]) == (0.6, 0.7)
+    assert not {"precision_low", "jaccard_low", "ceiling_jaccard"} & set(row.index)
     assert (row["jaccard_by_chance"], row["jaccard_by_chance_high"]) == (0.2, 0.3)
+    again = {"groups": {g: overlap(0.8) for g in GROUPS}, "whole": overlap(0.7)}
+    found["same_circuit"]["ceiling"] = again
+    circuits, twice, random = mechanism_figures(found)["comparison"].data
+    assert twice.name == "the base found twice" and list(twice.x) == names
+    assert list(twice.y) == [0.8, 0.8, 0.8, 0.7] and twice.error_y.visible is False
+    assert tables_of(found)["comparison"].iloc[-1]["ceiling_jaccard"] == 0.7

@@ -17,6 +17,7 @@ from tl_entity.heads import Circuit, Head
 from tl_entity.methods.ablations import mean_head_outputs, pooled_ablation
 from tl_entity.methods.circuits import evaluate
 from tl_entity.methods.cmap import cmap
+from tl_entity.methods.discovery import discover_circuit
 from tl_entity.methods.knockout import knock_out_attention
 from tl_entity.methods.path_patching import path_patch
 from tl_entity.models.load import load_model
@@ -205,6 +206,64 @@ def test_a_model_beside_itself_has_the_same_circuit(settings, tmp_path):
     assert same["jaccard"] == 1
     assert not same["only_first"] and not same["only_second"]
     assert scores["other_circuits"]["base"]["circuit"] == scores["circuit"]
+
+
+def test_the_base_found_again_stands_beside_the_comparison(settings, done, tmp_path):
+    again = replace(
+        settings, ceiling=True, prompts=4, boxes=2, random_circuits=0, only=("comparison",)
+    )
+    watch = Watch()
+    same = reproduce(again, tmp_path, progress=watch)["same_circuit"]
+    assert watch.seen.count("base: value_fetcher") == 2
+    assert watch.seen.count("tuned: value_fetcher") == 1
+    ceiling, found = same["ceiling"], json.loads((tmp_path / "results.json").read_text())
+    # The first is the base's circuit, and the second what is found from other pairs.
+    base = load_model(settings.base)
+    pairs = discovery_pairs(base.tokenizer, 4, n_boxes=2, seed=found["seeds"]["pairs_again"])
+    assert found["seeds"]["pairs_again"] != found["seeds"]["pairs"]
+    second = discover_circuit(base, pairs, sizes=TWO_EACH, engine="hooks").circuit
+    for name, kept in ceiling["groups"].items():
+        first = found["models"]["base"]["circuit"][name]
+        assert sorted(kept["shared"] + kept["only_first"]) == sorted(first)
+        assert sorted(kept["shared"] + kept["only_second"]) == sorted(map(list, second[name]))
+    page = (tmp_path / "report.html").read_text()
+    assert "base found twice" in page and "not found again" not in page
+    assert "not found again" in (done[0] / "report.html").read_text()
+    table = pd.read_csv(tmp_path / "tables" / "comparison.csv")
+    assert table["ceiling_jaccard"].iloc[-1] == ceiling["whole"]["jaccard"]
+
+
+def test_the_published_cmap_stands_beside_the_same_quantity(settings, done, results):
+    """The fine-tune's circuit, each group cut down to the heads that DCM selected in it."""
+    record = results["cmap"]["tuned_into_base_as_published"]
+    tuned = results["models"]["tuned"]
+    kinds = {"value_fetcher": "object_value", "pos_transmitter": "position"}
+    kinds["pos_detector"] = "position"
+    for group in GROUPS:
+        expected = tuned["circuit"][group]
+        if group in kinds:
+            masks = [
+                mask["selected"]
+                for mask in tuned["dcm"]["masks"]
+                if (mask["group"], mask["desideratum"]) == (group, kinds[group]) and mask["chosen"]
+            ]
+            # A group without heads has no mask.
+            assert len(masks) == (len(expected) > 0)
+            expected = masks[0] if masks else []
+        assert sorted(record["heads"][group]) == sorted(expected)
+    base, other = load_model(settings.base), load_model(settings.tuned)
+    prompts = box_prompts(base.tokenizer, 6, n_boxes=3, seed=results["seeds"]["faithfulness"])
+    heads = Circuit.entity_tracking(**record["heads"])
+    found = cmap(base, other, prompts, heads, engine="hooks")
+    whole = record["entries"][-1]
+    assert (whole["group"], whole["correct"]) == ("whole circuit", int(found.correct.sum()))
+    assert {entry["patch"] for entry in record["entries"]} == {"output"}
+    page = (done[0] / "report.html").read_text()
+    section = page.split('<section id="published_cmap">')[1].split("</section>")[0]
+    assert "Goat-7B 56/15/18/39" in section and "<td>0.78</td>" in section
+    # Beside the base's circuit, another quantity, no published figure.
+    beside = page.split('<section id="cmap">')[1].split("</section>")[0]
+    assert "Llama-7B" not in beside
 
 
 def test_experiments_that_were_not_asked_for_are_left_out(settings, tmp_path):

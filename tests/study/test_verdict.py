@@ -78,9 +78,7 @@ def results():
     """A fine-tune that is better by the same mechanism, all of the gain in A."""
     whole = {
         "first": 10, "second": 10, "shared": [[0, 0]] * 9, "shared_by_chance": 2.0,
-        "p_value": 1e-6, "jaccard": 0.82, "jaccard_interval": [0.7, 0.9],
-        "precision": 0.9, "precision_interval": [0.8, 1.0],
-        "recall": 0.9, "recall_interval": [0.7, 1.0],
+        "p_value": 1e-6, "jaccard": 0.82, "precision": 0.9, "recall": 0.85,
     }  # fmt: skip
     return {
         "models": {"base": model(), "tuned": model()},
@@ -127,9 +125,10 @@ def test_better_by_the_same_mechanism(results):
     assert headline(verdict(results)) == "The fine-tuned model is better, by the same mechanism."
     texts = {finding["question"]: finding["text"] for finding in verdict(results)}
     assert "0.600 [0.500, 0.700]" in texts[BETTER] and "+0.300 [0.200, 0.400]" in texts[BETTER]
-    assert "0.82 [0.700, 0.900]" in texts[SAME_HEADS]
+    assert "a Jaccard index of 0.82. Drawn at random within their layers" in texts[SAME_HEADS]
     assert finding(results, SAME_HEADS)["figure"] == "comparison"
-    assert "0.90 [0.800, 1.000] of the fine-tuned model's circuit" in texts[SAME_HEADS]
+    assert "0.90 of the base model's heads are in the fine-tuned" in texts[SAME_HEADS]
+    assert "make up 0.85 of it" in texts[SAME_HEADS]
     assert texts[MECHANISM].count("keeps 0.95 [0.900, 0.980] of its accuracy") == 2
     assert "By 0 of 2 removals" in texts[MECHANISM]
     assert texts[GAIN].startswith("A value_fetcher brings the most, and costs the most")
@@ -143,17 +142,36 @@ def test_no_gain_is_said_and_not_shared_out(results):
 
 
 @pytest.mark.parametrize(
-    ("p_value", "interval", "answer"),
-    [(0.2, [0.0, 0.3], "no"), (0.2, [0.1, 0.8], "can't tell"), (1e-6, [0.3, 0.9], "partly")],
+    ("p_value", "jaccard", "twice", "answer"),
+    [
+        # No more than chance, though the base's circuit is found twice alike.
+        (0.2, 0.1, 0.7, "no"),
+        # The base's circuit is not found twice alike, or was not looked for twice.
+        (0.2, 0.1, 0.2, "can't tell"),
+        (0.2, 0.1, None, "can't tell"),
+        (0.2, 0.7, 0.9, "can't tell"),
+        (1e-6, 0.3, 0.7, "partly"),
+        (1e-6, 0.3, None, "partly"),
+        (1e-6, 0.3, 0.25, "can't tell"),
+        (1e-6, 0.6, 0.9, "yes"),
+        (1.0, None, None, "can't tell"),
+    ],
 )
-def test_heads_that_are_not_the_same(results, p_value, interval, answer):
-    results["same_circuit"]["whole"] |= {"p_value": p_value, "jaccard_interval": interval}
+def test_heads_that_are_not_the_same(results, p_value, jaccard, twice, answer):
+    same = results["same_circuit"]
+    same["whole"] |= {"p_value": p_value, "jaccard": jaccard}
+    if twice is not None:
+        same["ceiling"] = {"whole": {"jaccard": twice, "shared": [[0, 0]] * 7}}
     assert answers(results)[SAME_HEADS] == answer
+    told = "shares 7 of its heads" in finding(results, SAME_HEADS)["text"]
+    assert told == (twice is not None)
 
 
-def test_a_jaccard_index_without_an_interval_tells_nothing(results):
-    results["same_circuit"]["whole"]["jaccard_interval"] = [None, None]
-    assert answers(results)[SAME_HEADS] == "can't tell"
+def test_no_answer_rests_on_an_interval_of_the_overlap(results):
+    """Such intervals leave out what they are of; kept results of before still hold them."""
+    before = answers(results)
+    results["same_circuit"]["whole"]["jaccard_interval"] = [0.1, 0.3]
+    assert answers(results) == before
 
 
 @pytest.mark.parametrize(

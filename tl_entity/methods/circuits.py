@@ -31,7 +31,13 @@ from tl_entity.methods.random_circuits import random_circuits as random_circuits
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
-from tl_entity.stats import Bootstrap, Interval, wilson_interval
+from tl_entity.stats import (
+    NO_INTERVAL,
+    Interval,
+    paired_counts,
+    paired_ratio_interval,
+    wilson_interval,
+)
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 if TYPE_CHECKING:
@@ -116,9 +122,8 @@ class Faithfulness(Result):
         of_circuit: accuracy with every other head ablated.
         of_model: accuracy of the unedited model on the same prompts.
         value: the ratio; NaN, as its interval, if the model answers nothing right.
-        interval: 95 % bootstrap interval, prompts resampled in pairs; where no resample differs, as
-            with a circuit that answers nothing or just what the model does, Bonett and Price's
-            (`Bootstrap.ratio_of_proportions`).
+        interval: 95 % score interval of the ratio, prompts compared in pairs
+            (`paired_ratio_interval`).
     """
 
     of_circuit: Evaluation
@@ -127,14 +132,16 @@ class Faithfulness(Result):
     interval: Interval
 
     @classmethod
-    def of(cls, of_circuit: Evaluation, of_model: Evaluation, *, seed: int) -> "Faithfulness":
-        """From the two evaluations; `seed` is that of the bootstrap."""
+    def of(
+        cls, of_circuit: Evaluation, of_model: Evaluation, *, seed: int | None = None
+    ) -> "Faithfulness":
+        """From the two evaluations on the same prompts. Nothing is drawn: `seed` is taken so that
+        calls from before, when the interval was a bootstrap, still run."""
         if not of_model.accuracy:
-            return cls(of_circuit, of_model, math.nan, Interval(math.nan, math.nan))
+            return cls(of_circuit, of_model, math.nan, NO_INTERVAL)
         value = of_circuit.accuracy / of_model.accuracy
-        interval = Bootstrap.draw(len(of_model), seed=seed).ratio_of_proportions(
-            of_circuit.correct.cpu().numpy(), of_model.correct.cpu().numpy()
-        )
+        right = [found.correct.cpu().numpy() for found in (of_circuit, of_model)]
+        interval = paired_ratio_interval(*paired_counts(*right))
         return cls(of_circuit, of_model, value, interval)
 
     def __str__(self) -> str:

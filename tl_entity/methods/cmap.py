@@ -1,11 +1,11 @@
 """Cross-model activation patching: which heads bring what fine-tuning gained (Prakash et al. 2024,
 §5)."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Bootstrap, Interval, paired_difference_interval
+from tl_entity.stats import Interval, paired_difference_interval, paired_share
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ WHOLE_CIRCUIT = "whole circuit"
 
 PATCHES: tuple[str, ...] = (OUTPUT, "q", "k", "v")
 """What `cmap_by_group` patches if nothing else is said."""
+
+NO_SHARE = "no share of the gain, which may be nothing on these prompts"
+"""Stands in place of a share of a gain that is not beyond doubt: any share would do."""
 
 Edits = list[tuple[str, HookFunction]]
 
@@ -182,9 +185,10 @@ class Patched:
         evaluation: how the patched model answers.
         gain: its accuracy less the base model's.
         gain_interval: 95 % interval, prompts compared in pairs.
-        recovered: the gain as a share of what the tuned model gains; NaN where that is nothing.
-        recovered_interval: 95 % bootstrap interval; wide, and of little worth, where the two models
-            hardly differ. Draws in which they don't differ at all have no share and are left out.
+        recovered: the gain as a share of what the tuned model gains. NaN where that may be nothing
+            for all these prompts say: any share would do then, and none is given.
+        recovered_interval: 95 % score interval, prompts compared in threes
+            (`paired_share_interval`); NaN with the share.
     """
 
     group: str
@@ -197,9 +201,10 @@ class Patched:
     recovered_interval: Interval
 
     def __str__(self) -> str:
+        share = f"{self.recovered:.2f} {self.recovered_interval} of the gain"
         return (
             f"{self.patch} of {self.group}: {self.evaluation}, "
-            f"{self.recovered:.2f} {self.recovered_interval} of the gain"
+            f"{NO_SHARE if math.isnan(self.recovered) else share}"
         )
 
 
@@ -288,7 +293,7 @@ def cmap_by_group(
     prompts: PromptBatch,
     circuit: Circuit,
     *,
-    seed: int,
+    seed: int | None = None,
     patches: Sequence[str] = PATCHES,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
@@ -303,8 +308,9 @@ def cmap_by_group(
         base: the model that answers.
         tuned: the model that activations are taken from.
         prompts: the prompts of both.
-        circuit: the groups of heads.
-        seed: of the bootstrap intervals.
+        circuit: the groups of heads; for what the paper patched, the tuned model's own circuit with
+            each group cut down to the heads that DCM selected (`Circuit.restrict`).
+        seed: taken so that calls from before still run; nothing is drawn.
         patches: what is patched, as in `cmap`.
         engine: as in `cmap`.
         batch_size: as in `cmap`.
@@ -333,12 +339,11 @@ def cmap_by_group(
     alone, target = (
         evaluate(model, prompts, batch_size=batch_size, memory=memory) for model in (base, tuned)
     )
-    bootstrap = Bootstrap.draw(len(prompts), seed=seed)
     return CrossModelPatching(
         alone,
         target,
         tuple(
-            _patched(name, patch, heads, evaluation, alone, target, bootstrap)
+            _patched(name, patch, heads, evaluation, alone, target)
             for (name, heads, patch), evaluation in zip(named, found, strict=True)
         ),
     )
@@ -351,28 +356,18 @@ def _patched(
     evaluation: Evaluation,
     base: Evaluation,
     tuned: Evaluation,
-    bootstrap: Bootstrap,
 ) -> Patched:
     right, before, after = (found.correct.cpu().numpy() for found in (evaluation, base, tuned))
-    gain, whole = evaluation.accuracy - base.accuracy, tuned.accuracy - base.accuracy
-    gain_interval = paired_difference_interval(right, before)
-    recovered = bootstrap.ratio(
-        *(now.astype(np.float64) - before.astype(np.float64) for now in (right, after))
-    )
-    if recovered.low == recovered.high and whole:
-        # The same prompts as before are right, or the same as in the tuned model: no draw differs.
-        reached, alike = (1.0, after) if recovered.low == 1 else (0.0, before)
-        bounds = (bound / whole for bound in paired_difference_interval(right, alike))
-        recovered = Interval(*(reached + bound for bound in sorted(bounds)))
+    recovered, recovered_interval = paired_share(before, right, after)
     return Patched(
         group=name,
         patch=patch,
         heads=heads,
         evaluation=evaluation,
-        gain=gain,
-        gain_interval=gain_interval,
-        recovered=gain / whole if whole else float("nan"),
-        recovered_interval=recovered,
+        gain=evaluation.accuracy - base.accuracy,
+        gain_interval=paired_difference_interval(right, before),
+        recovered=recovered,
+        recovered_interval=recovered_interval,
     )
 
 

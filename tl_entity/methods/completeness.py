@@ -69,11 +69,21 @@ class Removal:
         left: tuple[Evaluation, Evaluation],
     ) -> "Removal":
         """From circuit and model, with nothing removed and without K."""
-        before, after = ([found.correct.cpu().numpy() for found in both] for both in (whole, left))
-        pairs = list(zip(before, after, strict=True))
-        losses = [one.accuracy - other.accuracy for one, other in zip(whole, left, strict=True)]
-        intervals = [paired_difference_interval(*pair) for pair in pairs]
-        return cls(name, heads, *left, *losses, *intervals, paired_loss_interval(*pairs))
+        circuit, of_model = (
+            (before.correct.cpu().numpy(), after.correct.cpu().numpy())
+            for before, after in zip(whole, left, strict=True)
+        )
+        return cls(
+            name=name,
+            heads=heads,
+            of_circuit=left[0],
+            of_model=left[1],
+            circuit_loss=whole[0].accuracy - left[0].accuracy,
+            model_loss=whole[1].accuracy - left[1].accuracy,
+            circuit_loss_interval=paired_difference_interval(*circuit),
+            model_loss_interval=paired_difference_interval(*of_model),
+            interval=paired_loss_interval(circuit, of_model),
+        )
 
     def __str__(self) -> str:
         return (

@@ -17,7 +17,7 @@ from tl_entity.hooks.ablations import Ablation, AblationKind
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, ablation_of, evaluate_circuits
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Bootstrap, Interval
+from tl_entity.stats import Interval, paired_counts, paired_ratio_interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ class HeadMinimality:
         without_head: F(C \\ (K ∪ {v})).
         score: F(C \\ K) / F(C \\ (K ∪ {v})) - 1. Infinite if only the latter is 0; 0 if both are,
             where nothing is left that v could add to.
-        interval: 95 % bootstrap interval of the score, prompts resampled in pairs, K as it is. A
-            draw in which nothing is left without v is infinite, or 0 if there was nothing before,
-            as the score is; so the upper end may be infinite. Where all draws are the same, Bonett
-            and Price's interval (`Bootstrap.ratio_of_proportions`).
+        interval: 95 % score interval of the score with this K, prompts compared in pairs
+            (`paired_ratio_interval`); its upper end may be infinite. That K was chosen for the
+            highest score on the same prompts is not in it.
         kept: whether the score reaches the threshold.
     """
 
@@ -83,7 +82,7 @@ class Minimality(Result):
         parts: for every part of a group that was removed, F of the circuit without it.
         threshold: what a score must reach.
         largest_share: the share of a group that K may have.
-        seed: of the bootstrap.
+        seed: as given; nothing is drawn.
         ablation: the kind of ablation.
     """
 
@@ -183,7 +182,7 @@ def minimality(
         ablation: as in `evaluate`. It decides which heads seem needed: the paper's mean by token
             index leaves a head that only tells which token it is all that it does.
         mean_outputs: as in `evaluate`.
-        seed: of the bootstrap intervals.
+        seed: kept in the result; nothing is drawn, now that the intervals are no bootstrap.
         threshold: the score that a head must reach to be kept.
         largest_share: share of a group that K may have, rounded up.
         engine: as in `evaluate`.
@@ -243,10 +242,8 @@ def minimality(
             for some in (ranked[:n], (*ranked[:n], head))
         ]
     )
-    bootstrap = Bootstrap.draw(len(prompts), seed=seed)
     heads = tuple(
-        _judged(found, name, head, ranked, threshold, bootstrap)
-        for (name, head), ranked in choices.items()
+        _judged(found, name, head, ranked, threshold) for (name, head), ranked in choices.items()
     )
     kept = {(judged.group, judged.head) for judged in heads if judged.kept}
     minimal = Circuit(
@@ -297,7 +294,6 @@ def _judged(
     head: Head,
     ranked: tuple[Head, ...],
     threshold: float,
-    bootstrap: Bootstrap,
 ) -> HeadMinimality:
     def score(n: int) -> float:
         return relative_loss(
@@ -308,9 +304,8 @@ def _judged(
     removed = ranked[: max(range(len(ranked) + 1), key=score)]
     before = found[name, frozenset(removed)]
     after = found[name, frozenset((*removed, head))]
-    ratio = bootstrap.ratio_of_proportions(
-        *(found.correct.cpu().numpy() for found in (before, after)), neither=1.0
-    )
+    right = [found.correct.cpu().numpy() for found in (before, after)]
+    ratio = paired_ratio_interval(*paired_counts(*right))
     best = score(len(removed))
     return HeadMinimality(
         group=name,

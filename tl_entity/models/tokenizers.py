@@ -111,7 +111,7 @@ def fit_to_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, name: st
     if tokenizer.pad_token_id in beyond:
         others = (tokenizer.eos_token, tokenizer.unk_token)
         tokenizer.pad_token = next((t for t in others if t not in (None, *beyond.values())), None)
-    everywhere: Any = tokenizer("a")["input_ids"]
+    everywhere = _ids(tokenizer, "a")
     added: Any = tokenizer.get_added_vocab()
     unusable = sorted(i for i, token in beyond.items() if token not in added or i in everywhere)
     if unusable:
@@ -124,8 +124,12 @@ def fit_to_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, name: st
 
 def prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer begins a text with its beginning-of-sequence token by itself."""
-    ids = tokenizer("a")["input_ids"]
+    ids = _ids(tokenizer, "a")
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
 
 
 def _read_tokenizer_json(folder: Path) -> PreTrainedTokenizerBase:

@@ -90,7 +90,7 @@ def empty_weights() -> Generator[None, None, None]:
 
     with building:
         register = nn.Module.register_parameter
-        nn.Module.register_parameter = register_empty
+        nn.Module.register_parameter = register_empty  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:

@@ -123,18 +123,33 @@ def add_level(figure: go.Figure, name: str, level: Bar, *, colour: str = INK) ->
 
 
 @checked
-def overlap_bars(found: Mapping[str, Bar], chance: Mapping[str, Bar], *, title: str) -> go.Figure:
-    """Jaccard indices with their intervals, each beside what chance would give.
+def overlap_bars(
+    found: Mapping[str, float],
+    chance: Mapping[str, Bar],
+    *,
+    title: str,
+    ceiling: Mapping[str, float] | None = None,
+) -> go.Figure:
+    """Jaccard indices, each beside what chance would give and what the same model gives twice.
 
     Args:
         found: by category; what has no value is left out.
         chance: the same by chance: the mean, and the range of 95 % of random choices.
         title: above all.
+        ceiling: the same of one model's circuit found twice, if it was.
     """
-    kept = [name for name, bar in found.items() if not math.isnan(bar.value)]
-    figure = grouped_bars(
-        {"both circuits": {name: found[name] for name in kept}}, title=title, axis="Jaccard index"
-    )
+
+    def bare(value: float) -> Bar:
+        # It has no interval: nothing is drawn but the value.
+        return Bar(value, value, value, says=f"{value:.3f}")
+
+    kept = [name for name, value in found.items() if not math.isnan(value)]
+    series = {"both circuits": {name: bare(found[name]) for name in kept}}
+    if ceiling:
+        twice = {name: ceiling[name] for name in kept if not math.isnan(ceiling[name])}
+        series["the base found twice"] = {name: bare(value) for name, value in twice.items()}
+    figure = grouped_bars(series, title=title, axis="Jaccard index")
+    figure.update_traces(error_y_visible=False)
     _add_bars(figure, "drawn at random", kept, [chance[name] for name in kept])
     figure.update_traces(marker_color=FAINT, selector={"name": "drawn at random"})
     return figure

@@ -36,6 +36,9 @@ PAIRS_KEPT, HEAD_PAIRS_KEPT = 8, 10_000
 """A stage of path patching is kept in parts of so many pairs at least, or so many heads times
 pairs: minutes of work at most, which is what an interruption can cost."""
 
+PAIRS_AGAIN = "pairs_again"
+"""The purpose of the pairs that the base's circuit is found from a second time."""
+
 SMALL_MODEL, SMALL_MODEL_BATCH = 10_000_000, 128
 """Models with fewer parameters are run on more prompts at a time: there, the time goes into calls,
 not into arithmetic."""
@@ -183,12 +186,16 @@ def why_no_circuit(bench: Bench, accuracy: Record) -> str | None:
     )
 
 
-def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
+def draw_pairs(bench: Bench, *, which: str = "pairs") -> tuple[PairBatch, Record]:
     """Clean and corrupt prompts whose clean one the model answers right.
 
     A score is a relative change of the answer's probability. Where the model is sure of a wrong
     answer that probability is tiny and any change is many times its size, so a few such prompts
     would outweigh all others.
+
+    Args:
+        bench: the model.
+        which: the purpose of the pairs; those of another purpose are others.
 
     Raises:
         InputError: if too few prompts are answered right.
@@ -196,7 +203,7 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
     s = bench.settings
     n_pairs = s.discovery_pairs
     tries = n_pairs if s.all_pairs else TRIES * n_pairs
-    seed = bench.seed("pairs")
+    seed = bench.seed(which)
     pairs = discovery_pairs(bench.tokenizer, tries, n_boxes=s.boxes, seed=seed)
 
     def compute() -> Outcome:
@@ -219,7 +226,7 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
         }
 
     inputs = {"pairs": n_pairs, "boxes": s.boxes, "seed": seed, "all": s.all_pairs}
-    record, tensors = bench.step("pairs", inputs, compute)
+    record, tensors = bench.step(which, inputs, compute)
     if record["kept"] < min(FEWEST_PAIRS, n_pairs):
         raise InputError(
             f"{s.models[bench.role]} answers only {record['kept']} of {record['tried']} prompts of "
@@ -229,8 +236,17 @@ def draw_pairs(bench: Bench) -> tuple[PairBatch, Record]:
     return pairs[tensors["kept"]], record
 
 
-def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discovery, Record]:
-    """Four-stage discovery, each stage kept as soon as it is done."""
+def find_circuit(
+    bench: Bench, pairs: PairBatch, drawn: Record, *, which: str = "pairs"
+) -> tuple[Discovery, Record]:
+    """Four-stage discovery, each stage kept as soon as it is done.
+
+    Args:
+        bench: the model.
+        pairs: of `draw_pairs`.
+        drawn: its record.
+        which: their purpose.
+    """
     s = bench.settings
     stages = iter(ENTITY_TRACKING_STAGES)
     heads = bench.model.cfg.n_layers * bench.model.cfg.n_heads
@@ -240,7 +256,7 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discove
         group = next(stages).group
 
         inputs = {name: value for name, value in how.items() if name != "progress"}
-        asked = {"pairs": s.discovery_pairs, "boxes": s.boxes, "seed": bench.seeds["pairs"]}
+        asked = {"pairs": s.discovery_pairs, "boxes": s.boxes, "seed": bench.seeds[which]}
         parts: list[dict[str, Tensor]] = []
         with ExitStack() as stack:
             bars: list[Callable[[int], object]] = []
@@ -265,9 +281,10 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discove
                     }
 
                 # One finished part of a long stage is never done twice.
-                name = f"scores_{group}" + (f"_part{number + 1}" if len(chunks) > 1 else "")
-                which = {"drawn": drawn, "part": [number, len(chunk), len(chunks)]}
-                parts.append(bench.step(name, {**inputs, **asked, **which}, compute)[1])
+                name = f"scores_{group}" if which == "pairs" else f"scores_{group}_{which}"
+                name += f"_part{number + 1}" if len(chunks) > 1 else ""
+                part_of = {"drawn": drawn, "part": [number, len(chunk), len(chunks)]}
+                parts.append(bench.step(name, {**inputs, **asked, **part_of}, compute)[1])
         tensors = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
         receivers = how["receivers"]
         return HeadScores(
@@ -302,6 +319,12 @@ def find_circuit(bench: Bench, pairs: PairBatch, drawn: Record) -> tuple[Discove
             "intervals": scores.intervals.tolist(),
         }
     return discovery, record
+
+
+def find_circuit_again(bench: Bench) -> Discovery:
+    """The model's circuit from other pairs: how much of a circuit is found twice."""
+    pairs, drawn = draw_pairs(bench, which=PAIRS_AGAIN)
+    return find_circuit(bench, pairs, drawn, which=PAIRS_AGAIN)[0]
 
 
 def measure_faithfulness(bench: Bench, circuit: Circuit, others: Mapping[str, Circuit]) -> Record:

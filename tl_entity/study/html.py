@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def share_text(found: dict[str, Any]) -> str:
     return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def ratio_text(found: dict[str, Any]) -> str:
+def ratio_text(found: Mapping[str, Any]) -> str:
     """A faithfulness with its interval."""
     value, (low, high) = found["faithfulness"], map(read_number, found["interval"])
     if value is None or math.isnan(value):

@@ -211,17 +211,20 @@ def _comparison(results: dict[str, Any]) -> go.Figure:
     parts = {group_words(name): same["groups"][name] for name in GROUPS}
     parts[WHOLE_CIRCUIT] = same["whole"]
 
-    def bars(measure: str) -> dict[str, Bar]:
-        found = {
-            name: map(read_number, (part[measure], *part[f"{measure}_interval"]))
-            for name, part in parts.items()
-        }
-        return {name: Bar(value, low, high) for name, (value, low, high) in found.items()}
-
     whole = same["whole"]
+    chance = {
+        name: map(read_number, (part["jaccard_by_chance"], *part["jaccard_by_chance_interval"]))
+        for name, part in parts.items()
+    }
+    ceiling: dict[str, float] = {}
+    if same.get("ceiling") is not None:
+        again = same["ceiling"]
+        ceiling = {group_words(n): read_number(again["groups"][n]["jaccard"]) for n in GROUPS}
+        ceiling[WHOLE_CIRCUIT] = read_number(again["whole"]["jaccard"])
     return overlap_bars(
-        bars("jaccard"),
-        bars("jaccard_by_chance"),
+        {name: read_number(part["jaccard"]) for name, part in parts.items()},
+        {name: Bar(value, low, high) for name, (value, low, high) in chance.items()},
+        ceiling=ceiling,
         title=f"{base} and {tuned}: {len(whole['shared'])} heads in both circuits, "
         f"{whole['shared_by_chance']:.1f} by chance",
     )

@@ -7,9 +7,9 @@ import plotly.graph_objects as go
 
 from tl_entity.study.html import figure_element, frame_table, table
 from tl_entity.study.mechanism_figures import group_words, information_words
-from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_KNOCKOUT
+from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_CMAP_SIZES, PUBLISHED_KNOCKOUT
 from tl_entity.study.settings import GROUPS
-from tl_entity.study.tables import CONTROL, labels_of, tables_of
+from tl_entity.study.tables import AS_PUBLISHED, CONTROL, labels_of, tables_of
 from tl_entity.study.verdict import RULES, headline
 from tl_entity.tasks.desiderata import DESIDERATA
 
@@ -36,6 +36,9 @@ def mechanism_sections(content: dict[str, Any], figures: dict[str, go.Figure]) -
         sections.append(("knockout", "Where information passes", _knockout(roles, figures, tables)))
     if content["cmap"]:
         sections.append(("cmap", "Heads of the other model", _cmap(content, figures, tables)))
+    if AS_PUBLISHED in content["cmap"]:
+        shown = _as_published(content, figures, tables)
+        sections.append(("published_cmap", "Heads of the fine-tune's own circuit", shown))
     if CONTROL in content["cmap"]:
         sections.append(("control", "Heads of a control model", _control(content, figures, tables)))
     return sections
@@ -242,13 +245,6 @@ def _knockout(roles: list[str], figures: dict[str, go.Figure], tables: Any) -> s
 
 
 def _cmap(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
-    published = table(
-        ["published: Llama-7B with head outputs of", *map(group_words, GROUPS), "whole circuit"],
-        [
-            [name, *(f"{found[group]:.2f}" for group in (*GROUPS, "whole circuit"))]
-            for name, found in PUBLISHED_CMAP.items()
-        ],
-    )
     return (
         "<p>On the same prompts one model answers while some of its heads take what the other "
         "computes: their outputs, or only the queries, keys or values they work with. Both "
@@ -256,11 +252,47 @@ def _cmap(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -
         + "".join(
             figure_element(figures, f"cmap_{name}", "95 % Wilson intervals.")
             for name in content["cmap"]
-            if name != CONTROL
+            if name not in (CONTROL, AS_PUBLISHED)
         )
-        + published
+        + f"<p class='soft'>{_SHARES}</p>"
         + "<details><summary>As a table</summary>"
         + frame_table(tables["cmap"], _CMAP_COLUMNS)
+        + "</details>"
+    )
+
+
+_SHARES = (
+    "A share of the difference has a score interval, and stands there only where the difference "
+    "itself is beyond doubt on these prompts: of what may be nothing, any share would do."
+)
+
+
+def _as_published(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
+    base, tuned = (escape(model["label"]) for model in content["models"].values())
+    sizes = content["cmap"][AS_PUBLISHED]["heads"]
+    patched = "/".join(str(len(sizes[group])) for group in GROUPS)
+    theirs = ", ".join(
+        f"{name} {'/'.join(map(str, found))}" for name, found in PUBLISHED_CMAP_SIZES.items()
+    )
+    return (
+        f"<p>What the paper patches: outputs of the circuit found in {tuned}, not of that of "
+        f"{base}, each group cut down to the heads that DCM selected in it for what the paper says "
+        "the group carries (A the object's value, B and C the position; D is whole). Heads here, "
+        f"A/B/C/D: {patched}; published: {theirs}.</p>"
+        + figure_element(figures, f"cmap_{AS_PUBLISHED}", "95 % Wilson intervals.")
+        + table(
+            [
+                "published: Llama-7B with head outputs of",
+                *map(group_words, GROUPS),
+                "whole circuit",
+            ],
+            [
+                [name, *(f"{found[group]:.2f}" for group in (*GROUPS, "whole circuit"))]
+                for name, found in PUBLISHED_CMAP.items()
+            ],
+        )
+        + "<details><summary>As a table</summary>"
+        + frame_table(tables[f"cmap_{AS_PUBLISHED}"], _CMAP_COLUMNS)
         + "</details>"
     )
 

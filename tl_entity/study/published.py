@@ -12,7 +12,8 @@ class PublishedModel:
         accuracy: of the whole model.
         circuit_accuracy: of the circuit found in Llama-7B, run inside this model.
         faithfulness: the ratio of the two, as published.
-        sizes: heads of the model's own circuit by group, where published.
+        sizes: heads of the circuit found in *this* model by group, where published; for the
+            fine-tunes another circuit than the one whose accuracy is given.
     """
 
     name: str
@@ -47,7 +48,20 @@ PUBLISHED_CMAP: dict[str, dict[str, float]] = {
         "struct_reader": 0.65,
     },
 }
-"""Llama-7B's accuracy with head outputs of a fine-tune, by fine-tune and by group."""
+"""Llama-7B's accuracy with head outputs of a fine-tune, by fine-tune and by group: of the
+*fine-tune's* circuit, each group cut down to heads that DCM selected in it."""
+
+PUBLISHED_CMAP_SIZES: dict[str, tuple[int, int, int, int]] = {"Goat-7B": (56, 15, 18, 39)}
+"""How many heads were patched, by group; Goat's whole circuit has 68/28/40/39, so that D is
+whole."""
+
+PUBLISHED_KINDS: dict[str, str] = {
+    "value_fetcher": "object_value",
+    "pos_transmitter": "position",
+    "pos_detector": "position",
+}
+"""The desideratum by whose DCM heads a group is cut down for CMAP: what the paper says the group
+carries. D is not cut down."""
 
 PUBLISHED_KNOCKOUT: dict[int, float] = {16: 0.06, 20: 0.21, 24: 0.56, 31: 0.65}
 """Llama-7B's accuracy when the last token no longer sees the correct object from a layer up, by

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from tl_entity.heads import Head
 from tl_entity.hooks.ablations import LEAVES
+from tl_entity.methods.overlap import NO_OVERLAP_INTERVAL
 from tl_entity.plots.render import figure_html, plotly_script
 from tl_entity.study.figures import (
     LETTERS,
@@ -310,6 +311,8 @@ def _random_cells(found: dict[str, Any]) -> list[str]:
 def _same_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
     same, names = content["same_circuit"], [m["label"] for m in content["models"].values()]
     parts = {**{group: same["groups"][group] for group in GROUPS}, "whole circuit": same["whole"]}
+    ceiling = same.get("ceiling")
+    again = {} if ceiling is None else {**ceiling["groups"], "whole circuit": ceiling["whole"]}
     rows = [
         [
             f"{LETTERS[name]} <code>{name}</code>" if name in LETTERS else name,
@@ -318,26 +321,36 @@ def _same_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str
             heads_html(found["only_second"]),
             f"{found['shared_by_chance']:.2f}",
             f"{found['p_value']:.2g}",
-            _with_interval(found, "precision"),
-            _with_interval(found, "recall"),
-            _with_interval(found, "jaccard"),
-            _with_interval(found, "rank_correlation"),
+            *(
+                _two_places(found[measure])
+                for measure in ("precision", "recall", "jaccard", "rank_correlation")
+            ),
+            *([_two_places(again[name]["jaccard"])] if again else []),
         ]
         for name, found in parts.items()
     ]
+    over_all = same["whole"].get("shared_by_chance_over_all_layers")
     return (
-        "<p>Heads in the same group of both circuits, beside how many two circuits of these sizes "
-        "drawn at random would share (hypergeometric), and how probable it is that chance shares "
-        "as many. Precision is the share of the second circuit's heads that the first one has too, "
-        "recall the share of the first one's that the second has too, and the Jaccard index that "
-        "of the heads of either that are in both. The rank correlation is Spearman's, of the score "
-        "maps over the heads that can reach the receivers in both models. Intervals are bootstraps "
-        "over the pairs, the heads chosen anew each time.</p>"
+        "<p>Heads in the same group of both circuits, beside how many circuits would share that "
+        "have as many heads in each layer as these and else are drawn at random, and how probable "
+        "it is that chance shares as many. Precision is the share of the first circuit's heads "
+        "that the second one has too, recall the share of the second one's that the first has too, "
+        "and the Jaccard index that of the heads of either that are in both. The rank correlation "
+        "is Spearman's, of the score maps over the heads that can reach the receivers in both "
+        f"models. {escape(NO_OVERLAP_INTERVAL)}"
+        + ("" if again else " It was not found again here (<code>--ceiling</code>).")
+        + "</p>"
         + figure_element(
             figures,
             "comparison",
-            "Jaccard index of each group. Circuits: 95 % bootstrap intervals. Drawn at random: the "
-            "mean, and the range of 95 % of the draws.",
+            "Jaccard index of each group. Drawn at random, layer by layer: the mean, and the range "
+            "of 95 % of the draws.",
+        )
+        + (
+            ""
+            if over_all is None
+            else '<p class="soft">Drawn over all layers, which takes where in depth important '
+            f"heads lie for a finding, the whole circuits would share {over_all:.2f}.</p>"
         )
         + table(
             [
@@ -351,18 +364,15 @@ def _same_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str
                 "recall",
                 "Jaccard index",
                 "rank correlation",
+                *(["Jaccard index, base found twice"] if again else []),
             ],
             rows,
         )
     )
 
 
-def _with_interval(found: dict[str, Any], measure: str) -> str:
-    value, (low, high) = found[measure], found[f"{measure}_interval"]
-    if value is None:
-        return NO_VALUE
-    bounds = "" if low is None else f" [{low:.2f}, {high:.2f}]"
-    return f"{value:.2f}{bounds}".replace("-", MINUS)
+def _two_places(value: float | None) -> str:
+    return NO_VALUE if value is None else f"{value:.2f}".replace("-", MINUS)
 
 
 def _attention_section(content: dict[str, Any], figures: dict[str, go.Figure]) -> str:
@@ -442,47 +452,54 @@ def _planted_section(content: dict[str, Any]) -> str:
 
 
 def _paper_section(content: dict[str, Any]) -> str:
-    boxes = content["settings"]["boxes"]
+    boxes, models = content["settings"]["boxes"], content["models"]
+    first, *others = models
+    # Of every model the first one's circuit, as there: its own circuit was measured in none but it.
+    of_the_base = {first: models[first]["faithfulness"]} | {
+        role: models[role]["faithfulness"]["other_circuits"][first]
+        for role in others
+        if first in models[role]["faithfulness"]["other_circuits"]
+    }
     rows = [
         [
-            f"{escape(model['label'])} (here, {boxes} boxes)",
-            share_text(model["faithfulness"]["model"]),
-            share_text(model["faithfulness"]["circuit"]),
-            ratio_text(model["faithfulness"]),
-            "/".join(str(len(model["circuit"][group])) for group in GROUPS),
+            f"{escape(models[role]['label'])} (here, {boxes} boxes)",
+            share_text(found["model"]),
+            share_text(found["circuit"]),
+            ratio_text(found),
         ]
-        for model in content["models"].values()
+        for role, found in of_the_base.items()
     ]
-    for model in content["models"].values():
-        rows += [
-            [
-                f"{escape(model['label'])} (here, with the heads of "
-                f"{escape(content['models'][role]['label'])})",
-                share_text(found["model"]),
-                share_text(found["circuit"]),
-                ratio_text(found),
-                "/".join(str(len(content["models"][role]["circuit"][group])) for group in GROUPS),
-            ]
-            for role, found in model["faithfulness"]["other_circuits"].items()
-        ]
     rows += [
         [
             f"{paper.name} (published, 7 boxes)",
             f"{paper.accuracy:.2f}",
             f"{paper.circuit_accuracy:.2f}",
             f"{paper.faithfulness:.2f}",
-            NO_VALUE if paper.sizes is None else "/".join(map(str, paper.sizes)),
         ]
         for paper in PUBLISHED
+    ]
+    sizes = [
+        [
+            f"{escape(model['label'])} (here)",
+            "/".join(str(len(model["circuit"][group])) for group in GROUPS),
+        ]
+        for model in models.values()
+    ]
+    sizes += [
+        [f"{paper.name} (published)", "/".join(map(str, paper.sizes))]
+        for paper in PUBLISHED
+        if paper.sizes is not None
     ]
     low, high = RANDOM_CIRCUIT_ACCURACY
     return (
         f"<p>Published figures from {escape(CITATION)}. They are of other, far larger models, and "
-        "are set here to show which quantities correspond, not to be matched. The published "
-        "circuit accuracies are all of the circuit found in Llama-7B, run inside each model: "
-        "what corresponds here is the fine-tuned model with the base's heads. Random circuits "
-        f"answered from {low:g} to {high:g} right there.</p>"
-        + table(["model", "accuracy", "of the circuit", "faithfulness", "heads A/B/C/D"], rows)
+        "are set here to show which quantities correspond, not to be matched. The circuit is in "
+        f"every model that of the base: there Llama-7B's, here that of "
+        f"{escape(models[first]['label'])}. Random circuits answered from {low:g} to {high:g} "
+        "right there.</p>"
+        + table(["model", "accuracy", "of the base's circuit", "faithfulness"], rows)
+        + "<p>Heads of the circuit found in each model itself:</p>"
+        + table(["model", "heads A/B/C/D"], sizes)
     )
 
 
@@ -529,6 +546,7 @@ def command(settings: dict[str, Any]) -> str:
     words += ["--mask-seeds", str(settings["mask_seeds"]), "--draws", str(settings["draws"])]
     if settings["only"] is not None:
         words += ["--only", ",".join(settings["only"])]
+    words += ["--ceiling"] * settings.get("ceiling", False)
     words += ["--all-pairs"] * settings["all_pairs"]
     words += ["--seed", str(settings["seed"]), "--engine", settings["engine"]]
     if settings["batch_size"] is not None:

@@ -29,6 +29,7 @@ from tl_entity.study.experiments import (
     compare_with_planted,
     draw_pairs,
     find_circuit,
+    find_circuit_again,
     groups_record,
     look_at_attention,
     measure_accuracy,
@@ -52,8 +53,8 @@ from tl_entity.study.store import (
     fingerprint,
     to_json,
 )
-from tl_entity.study.tables import tables_of, to_markdown
-from tl_entity.study.transfer import compare_discoveries, patch_from_other
+from tl_entity.study.tables import AS_PUBLISHED, tables_of, to_markdown
+from tl_entity.study.transfer import compare_discoveries, patch_as_published, patch_from_other
 from tl_entity.study.verdict import verdict
 from tl_entity.tasks.batches import PairBatch
 from tl_entity.tasks.pairs import discovery_pairs
@@ -190,11 +191,11 @@ def reproduce(
         base, tuned = benches["base"], benches["tuned"]
         if settings.wants("comparison"):
             results["same_circuit"] = compare_discoveries(
-                tuned,
                 discoveries["base"],
                 discoveries["tuned"],
                 # Where each model has its own that it answers right, they differ.
                 paired=drawn["base"].same_as(drawn["tuned"]),
+                again=find_circuit_again(base) if settings.ceiling else None,
             )
         if settings.wants("cmap"):
             sources = [(base, "tuned", tuned.model), (tuned, "base", base.model)]
@@ -205,6 +206,15 @@ def reproduce(
                     into, model, role, facts[role].fingerprint, discoveries["base"].circuit
                 )
                 results["cmap"][f"{role}_into_{into.role}"] = record
+            if "dcm" in models["tuned"]:
+                results["cmap"][AS_PUBLISHED] = patch_as_published(
+                    base,
+                    tuned.model,
+                    "tuned",
+                    facts["tuned"].fingerprint,
+                    discoveries["tuned"].circuit,
+                    models["tuned"]["dcm"],
+                )
     results["verdict"] = verdict(results)
     if is_first():
         _write(store, results, say)

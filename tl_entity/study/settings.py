@@ -41,6 +41,7 @@ SHOWN_BY: Mapping[str, str | None] = {
     "cmap_tuned_into_base": "cmap",
     "cmap_base_into_tuned": "cmap",
     "cmap_control_into_base": "cmap",
+    "cmap_tuned_into_base_as_published": "cmap",
     "verdict": "comparison",
 }
 """The experiment behind a figure or table of another name; None for what is always done. Names of
@@ -92,6 +93,8 @@ class Settings:
         dtype: of weights and activations.
         device: such as "cuda"; None for the best there is.
         matmul_precision: of float32 matrix products, as torch names it.
+        ceiling: find the base's circuit a second time, from other pairs, to set what two circuits
+            share beside what one shares with itself. It takes as long as the first time.
         only: the experiments wanted, of `EXPERIMENTS`; None for all. Accuracy and discovery, which
             all others build on, are always done.
         png: also draw every figure as PNG, which takes a second or two each.
@@ -122,6 +125,7 @@ class Settings:
     dtype: str = "float32"
     device: str | None = None
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    ceiling: bool = False
     only: tuple[str, ...] | None = None
     png: bool = True
 

@@ -15,6 +15,9 @@ Row = dict[str, Any]
 CONTROL = "control_into_base"
 """CMAP with the heads of the control, among the results."""
 
+AS_PUBLISHED = "tuned_into_base_as_published"
+"""CMAP with the heads that the paper patches, among the results."""
+
 
 def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
     """All tables by file name; a table that would be empty is left out."""
@@ -37,12 +40,14 @@ def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
         "cmap": [
             row
             for name, record in results["cmap"].items()
-            if name != CONTROL
+            if name not in (CONTROL, AS_PUBLISHED)
             for row in _cmap_rows(labels_of(results), record)
         ],
-        f"cmap_{CONTROL}": _cmap_rows(labels_of(results), results["cmap"][CONTROL])
-        if CONTROL in results["cmap"]
-        else [],
+        **{
+            f"cmap_{name}": _cmap_rows(labels_of(results), results["cmap"][name])
+            for name in (CONTROL, AS_PUBLISHED)
+            if name in results["cmap"]
+        },
         "comparison": _comparison_rows(results["same_circuit"]),
         "verdict": [
             {key: finding[key] for key in ("question", "answer", "text")}
@@ -265,24 +270,25 @@ def _comparison_rows(same: Mapping[str, Any] | None) -> list[Row]:
             "shared": len(found["shared"]),
             "shared_by_chance": found["shared_by_chance"],
             "p_value": found["p_value"],
-            **{
-                key: value
-                for measure in (
-                    "precision",
-                    "recall",
-                    "jaccard",
-                    "jaccard_by_chance",
-                    "rank_correlation",
-                )
-                for key, value in (
-                    (measure, found[measure]),
-                    (f"{measure}_low", found[f"{measure}_interval"][0]),
-                    (f"{measure}_high", found[f"{measure}_interval"][1]),
-                )
-            },
+            "precision": found["precision"],
+            "recall": found["recall"],
+            "jaccard": found["jaccard"],
+            "jaccard_by_chance": found["jaccard_by_chance"],
+            "jaccard_by_chance_low": found["jaccard_by_chance_interval"][0],
+            "jaccard_by_chance_high": found["jaccard_by_chance_interval"][1],
+            "rank_correlation": found["rank_correlation"],
+            **_ceiling_columns(same, name),
         }
         for name, found in parts.items()
     ]
+
+
+def _ceiling_columns(same: Mapping[str, Any], name: str) -> Row:
+    """What the base's circuit shares with itself, found again; nothing if it was not."""
+    if same.get("ceiling") is None:
+        return {}
+    again = {**same["ceiling"]["groups"], "whole circuit": same["ceiling"]["whole"]}[name]
+    return {"ceiling_shared": len(again["shared"]), "ceiling_jaccard": again["jaccard"]}
 
 
 _OF_A_MODEL: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Row]]]] = {

@@ -43,8 +43,11 @@ less, as much comes from elsewhere."""
 
 RULES = (
     "The answers follow from the numbers by fixed rules, and what has to be beyond something is so "
-    "with its whole interval. Heads are the same if the Jaccard index is at least "
-    f"{MOSTLY:g} and the overlap is beyond chance (p below {SIGNIFICANT:g}). A circuit is the "
+    "with its whole interval. Heads are the same if the overlap is beyond that of circuits drawn "
+    f"at random within their layers (p below {SIGNIFICANT:g}) and the Jaccard index, which has no "
+    f"interval, is at least {MOSTLY:g}. They are not if neither is so and the base's circuit "
+    f"found twice has an index of at least {MOSTLY:g}; where that has no higher an index than the "
+    "two circuits, the data can't tell. A circuit is the "
     f"mechanism if its faithfulness is at least {FAITHFUL:g} and beyond every random circuit, and "
     f"it nowhere loses {INCOMPLETE:g} more or less than the model by the same heads; it is not if "
     f"its faithfulness is below {HALF_FAITHFUL:g}; of two models the weaker answer counts. A "
@@ -175,24 +178,34 @@ def _same_heads(results: Mapping[str, Any]) -> Finding:
     whole = results["same_circuit"]["whole"]
     shared = len(whole["shared"])
     p_value, jaccard = whole["p_value"], whole["jaccard"]
-    low, high = _ends(whole["jaccard_interval"])
-    if math.isnan(low):
+    again = (results["same_circuit"].get("ceiling") or {}).get("whole")
+    twice = math.nan if again is None else read_number(again["jaccard"])
+    if jaccard is None or math.isnan(jaccard):
         answer: Answer = "can't tell"
     elif p_value >= SIGNIFICANT:
-        answer = "can't tell" if high > MOSTLY else "no"
-    elif low >= MOSTLY:
+        # Few shared heads say something only of circuits that are found twice alike.
+        answer = "no" if jaccard < MOSTLY <= twice else "can't tell"
+    elif jaccard >= MOSTLY:
         answer = "yes"
     else:
-        answer = "partly"
+        answer = "can't tell" if jaccard >= twice else "partly"
+    text = (
+        f"The circuits, {whole['first']} heads in the base and {whole['second']} in the fine-tuned "
+        f"model, share {shared}: a Jaccard index of {_number(jaccard)}. "
+        f"Drawn at random within their layers they would share {whole['shared_by_chance']:.1f} "
+        f"(p = {p_value:.2g}). "
+        f"{_number(whole['precision'])} of the base model's heads are in the fine-tuned model's "
+        f"circuit, and make up {_number(whole['recall'])} of it."
+    )
+    if again is not None:
+        text += (
+            f" The base model's circuit found once more from other prompts shares "
+            f"{len(again['shared'])} of its heads, a Jaccard index of {_number(twice)}."
+        )
     return Finding(
         SAME_HEADS,
         answer,
-        f"The circuits, {whole['first']} heads in the base and {whole['second']} in the fine-tuned "
-        f"model, share {shared}: a Jaccard index of {_number(jaccard)} {_interval([low, high])}. "
-        f"Drawn at random they would share {whole['shared_by_chance']:.1f} "
-        f"(p = {p_value:.2g}). The base model's heads make up {_number(whole['precision'])} "
-        f"{_interval(whole['precision_interval'])} of the fine-tuned model's circuit, which has "
-        f"{_number(whole['recall'])} {_interval(whole['recall_interval'])} of them.",
+        text,
         "comparison",
         "the heads found are the same"
         if _same_circuits(results)

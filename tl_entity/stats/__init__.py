@@ -1,0 +1,44 @@
+"""Intervals, chance levels and rank correlations: every number carries its uncertainty."""
+
+from tl_entity.stats.chance import Chance, layered_overlap_by_chance, overlap_by_chance
+from tl_entity.stats.intervals import (
+    NO_INTERVAL,
+    Z_95,
+    Bootstrap,
+    Interval,
+    mean_intervals,
+    paired_difference_interval,
+    paired_loss_interval,
+    percentile_interval,
+    wilson_interval,
+)
+from tl_entity.stats.ranks import average_ranks, spearman
+from tl_entity.stats.ratios import (
+    paired_counts,
+    paired_ratio_interval,
+    paired_ratio_intervals,
+)
+from tl_entity.stats.shares import paired_share, paired_share_interval, share_scores
+
+__all__ = [
+    "NO_INTERVAL",
+    "Z_95",
+    "Bootstrap",
+    "Chance",
+    "Interval",
+    "average_ranks",
+    "layered_overlap_by_chance",
+    "mean_intervals",
+    "overlap_by_chance",
+    "paired_counts",
+    "paired_difference_interval",
+    "paired_loss_interval",
+    "paired_ratio_interval",
+    "paired_ratio_intervals",
+    "paired_share",
+    "paired_share_interval",
+    "percentile_interval",
+    "share_scores",
+    "spearman",
+    "wilson_interval",
+]
