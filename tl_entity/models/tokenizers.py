@@ -2,7 +2,8 @@
 
 Where a folder has a tokenizer.json, that file says what the tokens are. transformers picks a class
 by names in config.json and tokenizer_config.json, and some classes, in some versions, build another
-tokenizer around the file's vocabulary; so what it made is compared with the file.
+tokenizer around the file's vocabulary; so the file is read by none of them, and what transformers
+made of it is compared with what the tokenizers library makes of it.
 """
 
 from pathlib import Path
@@ -35,8 +36,8 @@ PROBES = (
     "na\u00efve e\u0301 \u00df \ufb01 \u65e5\u672c\u8a9e \u0645\u0631\u062d \U0001f642\u200d",
     "",
 )
-"""Texts that tokenizers split in different ways: spaces, capitals, digits, what is not ASCII. All
-of a file's added tokens are tried besides."""
+"""Texts that tokenizers split in different ways: spaces, capitals, digits, what is not ASCII.
+A file's added tokens are tried besides."""
 
 N_KNOWN = 200
 """How many of a vocabulary's own tokens are tried too, at least, if it has so many."""
@@ -75,6 +76,9 @@ def read_tokenizer(folder: Path, gguf_file: Path | None = None) -> PreTrainedTok
         raise InputError(f"{place} has no tokenizer that can be read: {reason(error)}") from None
     if is_empty:
         raise _missing(gguf_file or folder)
+    if tokenizer.unk_token is None and isinstance(tokenizer, PreTrainedTokenizerFast):
+        # A word that has no token must be told from the others.
+        tokenizer.unk_token = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -111,8 +115,8 @@ def fit_to_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, name: st
     if tokenizer.pad_token_id in beyond:
         others = (tokenizer.eos_token, tokenizer.unk_token)
         tokenizer.pad_token = next((t for t in others if t not in (None, *beyond.values())), None)
-    everywhere = _ids(tokenizer, "a")
-    added: Any = tokenizer.get_added_vocab()
+    reads: Any = tokenizer
+    everywhere, added = reads("a")["input_ids"], reads.get_added_vocab()
     unusable = sorted(i for i, token in beyond.items() if token not in added or i in everywhere)
     if unusable:
         first = unusable[0]
@@ -124,71 +128,57 @@ def fit_to_vocabulary(tokenizer: PreTrainedTokenizerBase, d_vocab: int, name: st
 
 def prepends_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer begins a text with its beginning-of-sequence token by itself."""
-    ids = _ids(tokenizer, "a")
+    ids = tokenizer("a")["input_ids"]
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]
-
-
 def _read_tokenizer_json(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a tokenizer.json; names and the chat template come from the other files."""
     file = folder / TOKENIZER_JSON
     reference = Tokenizer.from_file(str(file))
     # Settings of a training run, which transformers leaves out of account too.
     reference.no_truncation()
     reference.no_padding()
-    try:
-        by_class: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception:  # a class that is unknown, or can't hold this vocabulary
-        by_class = None
-    tokenizer: Any = by_class
-    # A class may also bring tokens of its own that the model has no embeddings for.
-    if (
-        by_class is None
-        or len(by_class) != reference.get_vocab_size()
-        or _first_difference(by_class, reference) is not None
-    ):
-        tokenizer = _by_file(folder, reference, by_class)
-        differing = _first_difference(tokenizer, reference)
-        if differing is not None:
-            raise InputError(
-                f"transformers {transformers.__version__} can't represent {file}: it splits "
-                f"{differing[:50]!r} into other tokens than the file says; use another version."
-            )
-    if tokenizer.unk_token is None:
-        tokenizer.unk_token = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
-    return tokenizer
-
-
-def _by_file(folder: Path, reference: Tokenizer, by_class: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer of no special class; from other files come only names and the chat template."""
+    # Of no special class: some rebuild what the file says, or bring tokens of their own.
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
         folder,
         local_files_only=True,
-        # What models of this family take; the default names another input.
+        # What models of these families take; the default has another input besides.
         model_input_names=["input_ids", "attention_mask"],
     )
-    for name in SPECIAL_TOKENS:
-        # Old checkpoints leave these to the class.
-        token = getattr(by_class, name, None)
-        known = token is not None and reference.token_to_id(str(token)) is not None
-        if known and getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, token)
+    if tokenizer.bos_token is None and tokenizer.eos_token is None:
+        _name_special_tokens(tokenizer, folder)
     backend = tokenizer.backend_tokenizer
     for stage in STAGES:
         setattr(backend, stage, getattr(reference, stage))
     for token in reference.get_added_tokens_decoder().values():
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    differing = _first_difference(tokenizer, reference)
+    if differing is not None:
+        raise InputError(
+            f"transformers {transformers.__version__} can't represent {file}: it splits "
+            f"{differing[:50]!r} into other tokens than the file says; use another version."
+        )
     return tokenizer
+
+
+def _name_special_tokens(tokenizer: Any, folder: Path) -> None:
+    """Old checkpoints name no special tokens and leave them to the tokenizer's class."""
+    try:
+        by_class: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception:  # a class that is unknown, or can't hold this vocabulary
+        return
+    vocabulary = tokenizer.get_vocab()
+    for name in SPECIAL_TOKENS:
+        token = getattr(by_class, name)
+        if getattr(tokenizer, name) is None and token in vocabulary:
+            setattr(tokenizer, name, token)
 
 
 def _first_difference(tokenizer: Any, reference: Tokenizer) -> str | None:
     """The first text that a tokenizer does not split as its tokenizer.json says; None if none."""
-    if not tokenizer.is_fast:
-        return PROBES[0]
     added = reference.get_added_tokens_decoder().values()
     specials = "".join(f"a{token.content} b {token.content}" for token in added)
     size = reference.get_vocab_size()
