@@ -449,6 +449,8 @@ _READING = """## Reading the tables
   of its mapped files, and what is left of the peak is the tokenizer and the rotary tables. Another
   dtype or device makes one copy, and holds one matrix beside it at a time. So does a quantised
   GGUF file. An adapter copies the matrices that it changes, and holds one in float32 beside.
+- Every tensor is read once while it is loaded, to see that its numbers are finite. For the 538 MB
+  of SmolLM2 that takes 0.1 s of one core's time, and no memory of the process's own.
 - On a GPU the weights' copy lies there; `n_devices` spreads the layers."""
 
 _COLUMNS = ("difference", "eager-sdpa")

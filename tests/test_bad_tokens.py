@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.all_methods import CALLS, ON_BRIDGE, PLAIN_RUNS
-from tests.random_models import VOCABULARY, random_model, random_pairs
+from tests.random_models import VOCABULARY, random_model, random_pairs, word_tokenizer
 from tl_entity import (
     Head,
     InputError,
@@ -18,6 +18,7 @@ from tl_entity import (
     Metric,
     PairBatch,
     PromptBatch,
+    cmap,
     evaluate,
     mean_head_outputs,
     path_patch,
@@ -122,6 +123,19 @@ def test_an_answer_that_is_not_needed_may_be_missing(name: str) -> None:
     wanted = CALLS[name](model, pairs)
     none = replace(pairs.clean, answers=torch.full_like(pairs.clean.answers, -1))
     torch.testing.assert_close(CALLS[name](model, replace(pairs, clean=none)), wanted)
+
+
+@pytest.mark.parametrize("engine", ["exact", "hooks"])
+def test_an_answer_that_only_the_answering_model_knows(engine: Any) -> None:
+    """As when fine-tuning, or its undoing, has cut the vocabulary down: the other is only read."""
+    base, tuned = random_model(d_vocab=24), random_model(d_vocab=20)
+    base.tokenizer = tuned.tokenizer = word_tokenizer([f"w{i}" for i in range(3, 20)])
+    prompts = random_pairs(8).clean
+    prompts.answers[2] = 22
+    found = cmap(base, tuned, prompts, {"last": [Head(1, 0)]}, engine=engine)
+    assert found.answer_log_probability.isfinite().all()
+    with pytest.raises(InputError, match="answer of prompt 2 is the token 22"):
+        cmap(tuned, base, prompts, {"last": [Head(1, 0)]}, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ["exact", "hooks"])

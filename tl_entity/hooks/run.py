@@ -14,7 +14,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import FINAL_NORMALIZED
-from tl_entity.hooks.vocabulary import check_prompts, readable
+from tl_entity.hooks.vocabulary import check_readable, readable
 from tl_entity.hooks.watch import ScoreWatch, Watch, points_are_finite, watching_hooks
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
@@ -174,7 +174,7 @@ def _forward(
         raise InputError(
             f"The prompts have up to {length} tokens, and the model takes {model.cfg.n_ctx}."
         )
-    check_prompts(model, prompts)
+    check_readable(model, prompts)
     tokens = readable(model, prompts)
 
     def run(watching: Sequence[tuple[Any, HookFunction]]) -> Tensor:

@@ -11,9 +11,7 @@ from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 
 @checked
-def check_prompts(
-    model: Model, prompts: PromptBatch, *, answered: bool = False, kind: str = "prompt"
-) -> None:
+def check_readable(model: Model, prompts: PromptBatch, *, kind: str = "prompt") -> None:
     """Make sure that there are prompts, and that the model has an embedding for all their tokens.
 
     Padding may be any number: it is not read.
@@ -21,7 +19,6 @@ def check_prompts(
     Args:
         model: the model.
         prompts: the prompts.
-        answered: whether each needs an answer.
         kind: what messages call them.
 
     Raises:
@@ -37,13 +34,30 @@ def check_prompts(
             f"The {kind} {row} has at {at} the token {int(prompts.tokens[row, at])}, and the "
             f"model's vocabulary has {size}, counted from 0; use the model's own tokenizer."
         )
+
+
+@checked
+def check_prompts(
+    model: Model, prompts: PromptBatch, *, answered: bool = False, kind: str = "prompt"
+) -> None:
+    """`check_readable`, and the same of the answers.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        answered: whether each needs an answer; otherwise a negative number says that there is none.
+        kind: what messages call them.
+
+    Raises:
+        InputError: naming the prompt and the token.
+    """
+    check_readable(model, prompts, kind=kind)
     missing = prompts.answers < 0
     if answered and bool(missing.any()):
         raise InputError(
             f"The {kind} {int(missing.nonzero()[0])} has no answer, so there is no accuracy to "
             "measure."
         )
-    # A negative number says that there is none.
     check_tokens(model, prompts.answers.clamp(min=0), f"answer of {kind}")
 
 
@@ -61,8 +75,6 @@ def check_pairs(model: Model, pairs: PairBatch, *, scored: bool = True) -> None:
     """
     if len(pairs) == 0:
         raise InputError("There are no pairs: the batch is empty.")
-    check_prompts(model, pairs.clean, kind="clean prompt")
-    check_prompts(model, pairs.corrupt, kind="corrupt prompt")
     missing = pairs.targets < 0
     if scored and bool(missing.any()):
         row = int(missing.nonzero()[0])
@@ -73,6 +85,8 @@ def check_pairs(model: Model, pairs: PairBatch, *, scored: bool = True) -> None:
     check_tokens(model, pairs.targets.clamp(min=0), "target of pair")
     if pairs.foils is not None:
         check_tokens(model, pairs.foils, "foil of pair")
+    check_prompts(model, pairs.clean, kind="clean prompt")
+    check_prompts(model, pairs.corrupt, kind="corrupt prompt")
 
 
 @checked

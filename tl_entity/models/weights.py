@@ -83,10 +83,10 @@ def empty_weights() -> Generator[None, None, None]:
     small and made for real. Modules that other threads build are left alone."""
     thread = threading.get_ident()
 
-    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and threading.get_ident() == thread:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
+        register(self, name, param)
 
     with building:
         register = nn.Module.register_parameter
