@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +23,10 @@ from tl_entity.hooks.edits import patch_heads
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import HookFunction, answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
+from tl_entity.methods.gains import recovered_gain
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Bootstrap, Interval, paired_difference_interval
+from tl_entity.stats import Bootstrap, Interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -344,26 +344,16 @@ def _patched(
     tuned: Evaluation,
     bootstrap: Bootstrap,
 ) -> Patched:
-    right, before, after = (found.correct.cpu().numpy() for found in (evaluation, base, tuned))
-    gain, whole = evaluation.accuracy - base.accuracy, tuned.accuracy - base.accuracy
-    gain_interval = paired_difference_interval(right, before)
-    recovered = bootstrap.ratio(
-        *(now.astype(np.float64) - before.astype(np.float64) for now in (right, after))
-    )
-    if recovered.low == recovered.high and whole:
-        # The same prompts as before are right, or the same as in the tuned model: no draw differs.
-        reached, alike = (1.0, after) if recovered.low == 1 else (0.0, before)
-        bounds = (bound / whole for bound in paired_difference_interval(right, alike))
-        recovered = Interval(*(reached + bound for bound in sorted(bounds)))
+    found = recovered_gain(evaluation, base, tuned, bootstrap)
     return Patched(
         group=name,
         patch=patch,
         heads=heads,
         evaluation=evaluation,
-        gain=gain,
-        gain_interval=gain_interval,
-        recovered=gain / whole if whole else float("nan"),
-        recovered_interval=recovered,
+        gain=found.gain,
+        gain_interval=found.gain_interval,
+        recovered=found.recovered,
+        recovered_interval=found.recovered_interval,
     )
 
 
