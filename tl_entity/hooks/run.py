@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +106,9 @@ def record(
     cache: dict[str, Tensor] = {}
     positions = {at: prompts.position(at) for at in points.values() if isinstance(at, str)}
 
-    def keep(activation: Tensor, hook: Any) -> None:
-        at = points[hook.name]
+    # By the name asked for: a TransformerBridge has hook points of several names.
+    def keep(name: str, activation: Tensor, hook: Any) -> None:
+        at = points[name]
         activation = activation.detach()
         if isinstance(at, str):
             rows = torch.arange(len(prompts), device=activation.device)
@@ -114,9 +116,9 @@ def record(
         elif at is not None:
             # A copy, so that the rest is not kept with it.
             activation = activation[:, at].clone()
-        cache[hook.name] = activation
+        cache[name] = activation
 
-    watching = [*hooks, *((name, keep) for name in points)]
+    watching = [*hooks, *((name, partial(keep, name)) for name in points)]
     inside = [_IN_BLOCK.match(name) for name, _ in watching]
     # Past the highest block that is looked at, there is nothing to see.
     stop = max((int(match[1]) + 1 if match else model.cfg.n_layers for match in inside), default=0)

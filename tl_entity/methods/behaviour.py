@@ -242,7 +242,7 @@ def compare_behaviour(
     ]
     kinds = [
         [
-            kind_of_answer(tokenizer.decode([token]), right, prompt)
+            kind_of_answer(str(tokenizer.decode([token])), right, prompt)
             for token, right, prompt in zip(
                 one.predicted.tolist(), one.correct.tolist(), prompts, strict=True
             )

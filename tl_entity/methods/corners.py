@@ -68,8 +68,8 @@ class FourCorners(Result):
         best = int(below.abs().argmax())
         return (
             f"{self.over} at {where}, {self.change.shape[-1]} prompts: gain "
-            f"{float(self.change[0, TUNED].mean()):+.3f} in {self.metric}; largest effect below at "
-            f"layer {best}: {float(below[best]):+.3f}, above {float(above[best]):+.3f}, "
+            f"{float(self.change[0, TUNED].mean()):+.3f}; largest effect below, of layer {best}: "
+            f"{float(below[best]):+.3f}, above {float(above[best]):+.3f}, "
             f"interaction {float(interaction[best]):+.3f}"
         )
 

@@ -71,7 +71,7 @@ class SharesInside(Result):
         low, mean, high = _spread(self.random)
         return (
             f"{inside.of_gain:.1%} of the gain in {len(self.heads)} heads ({inside.n_units} units);"
-            f" as many random units of the same layers and kinds: "
+            f" as many at random of the same layers and kinds: "
             f"{relative_to(mean, self.gain):.1%} "
             f"({relative_to(low, self.gain):.1%} to {relative_to(high, self.gain):.1%})"
         )

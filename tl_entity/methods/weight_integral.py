@@ -21,6 +21,10 @@ from tl_entity.tasks.batches import PairBatch
 TOLERANCE = 0.02
 """How far, relative to the gain, the shares may sum to something else before points are added."""
 
+PROMPT_TOLERANCE = 0.05
+"""The same prompt by prompt: the mean size of the errors relative to that of the gains. It keeps
+errors of prompts that happen to cancel from passing for none."""
+
 FIRST_POINTS = 5
 """Points at which the sum of the shares is first compared with the gain."""
 
@@ -129,6 +133,6 @@ class _Rows:
 def _is_exact_enough(shares: Tensor, gain: Tensor) -> bool:
     errors = shares.sum(0) - gain
     rounding = ROUNDING * float(shares.abs().sum(0).mean())
-    return abs(float(errors.mean())) <= max(
-        TOLERANCE * abs(float(gain.mean())), rounding
-    ) and float(errors.abs().mean()) <= max(TOLERANCE * float(gain.abs().mean()), rounding)
+    of_mean = max(TOLERANCE * abs(float(gain.mean())), rounding)
+    of_prompts = max(PROMPT_TOLERANCE * float(gain.abs().mean()), rounding)
+    return abs(float(errors.mean())) <= of_mean and float(errors.abs().mean()) <= of_prompts

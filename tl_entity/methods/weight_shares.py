@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import memory_budget
-from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
+from tl_entity.heads import Circuit, Head, HeadsAt
 from tl_entity.hooks.points import n_kv_heads
 from tl_entity.methods.circuits import BATCH_SIZE
 from tl_entity.methods.gains import scored_pairs
@@ -87,11 +88,16 @@ class WeightShares(Result):
     def __str__(self) -> str:
         most = ", ".join(f"{unit} {self.share(unit):+.3f}" for unit in self.top(UNITS_IN_A_LINE))
         return (
-            f"gain {self.gain:+.4f} {self.gain_interval} in {self.metric} of "
-            f"{len(self.gain_per_prompt)} prompts; {len(self.units)} units, whose shares sum to "
-            f"{float(self.shares.sum()):+.4f} (error {self.integration_error:+.2%} with "
-            f"{self.n_points} points); most: {most}"
+            f"gain {self.gain:+.3f} {self.gain_interval} in {self.metric} of "
+            f"{len(self.gain_per_prompt)} prompts; {len(self.units)} shares sum to "
+            f"{self.total:+.3f} (error {self.integration_error:+.2%}, {self.n_points} points); "
+            f"most: {most}"
         )
+
+    @property
+    def total(self) -> float:
+        """The sum of all shares: the gain, but for the integration's error."""
+        return float(self.shares.sum())
 
     @property
     def shares(self) -> Float[Tensor, " unit"]:
@@ -116,7 +122,7 @@ class WeightShares(Result):
     @property
     def integration_error(self) -> float:
         """The sum of the shares less the gain, relative to the gain; infinite if there is none."""
-        return relative_to(float(self.shares.sum()) - self.gain, self.gain)
+        return relative_to(self.total - self.gain, self.gain)
 
     @property
     def prompt_error(self) -> float:
@@ -291,7 +297,7 @@ class WeightShares(Result):
             if any(unit.kind == kind for unit in self.units):
                 columns = range(width.get(kind, self.n_heads))
                 units = [[Unit(kind, layer, h) for h in columns] for layer in range(self.n_layers)]
-                title_of = f"{kind} of key-value heads" if kind in SHARED_KINDS else kind
+                title_of = f"{kind} (KV)" if kind in SHARED_KINDS else kind
                 maps.append(_share_map(title_of, [str(h) for h in columns], units, found))
         parts = [kind for kind in MLP_KINDS if any(unit.kind == kind for unit in self.units)]
         if parts:
@@ -328,8 +334,8 @@ def weight_shares(
     """The share of the gain that each unit's change of weights brings; all shares sum to the gain.
 
     The integral is taken by Clenshaw and Curtis's rule, whose points are used again as they are
-    doubled: 5, 9, 17, ... until the shares sum to the measured gain within 2 %, in the mean and
-    prompt by prompt. What is reached is `integration_error`.
+    doubled: 5, 9, 17, ... until the shares sum to the measured gain within 2 %, and prompt by prompt
+    within 5 % in the mean. What is reached is `integration_error` and `prompt_error`.
 
     Only what differs is differentiated. Everything is computed in float32 at least, whatever the
     models' dtype. Neither model is changed, and no third one is held: the weights on the way are
@@ -356,6 +362,7 @@ def weight_shares(
     pairs = scored_pairs(base, prompts)
     if max_points < FIRST_POINTS:
         raise InputError(f"The integration takes at least {FIRST_POINTS} points, not {max_points}.")
+    assert isinstance(base, HookedTransformer) and isinstance(tuned, HookedTransformer)
     path = WeightPath(base, tuned, changed)
     memory = memory_budget(base.cfg.device) if memory is None else memory
     size = max(1, min(batch_size, memory // bytes_per_prompt(base, pairs.clean.tokens.shape[1])))
@@ -380,8 +387,10 @@ def weight_shares(
 
 
 def _heads(heads: Circuit | HeadsAt | Iterable[Head]) -> tuple[Head, ...]:
-    if isinstance(heads, Circuit | Mapping):
-        heads = [head for at in heads_by_position(heads).values() for head in at]
+    if isinstance(heads, Circuit):
+        heads = heads.heads_at()
+    if isinstance(heads, Mapping):
+        heads = [head for at in heads.values() for head in at]
     return tuple(dict.fromkeys(Head(*head) for head in heads))
 
 

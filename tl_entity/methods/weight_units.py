@@ -122,8 +122,19 @@ AT_ENDS: Mapping[str, Place] = {
 }
 """Those of no block."""
 
-KINDS: tuple[str, ...] = tuple(
-    dict.fromkeys(place.kind for place in (*IN_BLOCK.values(), *AT_ENDS.values()))
+NORM_KINDS = ("ln1", "ln2", "q_norm", "k_norm", "ln_final")
+"""The weights of norms."""
+
+KINDS: tuple[str, ...] = (
+    *ATTENTION_KINDS[:4],
+    *MLP_KINDS[:3],
+    *NORM_KINDS,
+    "embed",
+    "unembed",
+    *ATTENTION_KINDS[4:],
+    "b_o",
+    *MLP_KINDS[3:],
+    "b_u",
 )
 """All kinds of units."""
 

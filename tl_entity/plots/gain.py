@@ -14,6 +14,9 @@ from tl_entity.plots.bars import Bar, add_level
 from tl_entity.plots.heatmaps import IMPORTANT_TO_HARMFUL
 from tl_entity.plots.style import FAINT, INK, SERIES_COLOURS, STYLE
 
+MOST_TICKS = 16
+"""An axis with no more values than these has each of them written."""
+
 
 @checked
 @dataclass(frozen=True)
@@ -187,8 +190,8 @@ def lines(
         margin={"l": 60, "r": margin.r or 20, "t": 50, "b": 110},
     )
     figure.update_xaxes(title_text=x_axis, type="log" if logarithmic else "linear")
-    if logarithmic:
-        ticks = sorted({x for line in found for x in line.x})
+    ticks = sorted({x for line in found for x in line.x})
+    if logarithmic or len(ticks) <= MOST_TICKS:
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_yaxes(title_text=y_axis)
     if proportion:
@@ -201,6 +204,7 @@ def _add_line(figure: go.Figure, line: Line, colour: str, axis: str) -> None:
     figure.add_scatter(
         x=[*line.x, *line.x[::-1]],
         y=[*high, *low[::-1]],
+        mode="lines",
         fill="toself",
         fillcolor=colour,
         opacity=0.12,
