@@ -150,7 +150,7 @@ def test_shares_sum_to_the_gain_of_any_metric(metric: Metric, left: bool, n_kv_h
     found = weight_shares(base, tuned, pairs, metric=metric)
     gain = gain_by_running(base, tuned, pairs, metric)
     torch.testing.assert_close(found.gain_per_prompt, gain, atol=2e-4, rtol=1e-3)
-    assert abs(found.integration_error) < 0.02 and found.prompt_error < 0.02
+    assert abs(found.integration_error) < 0.02 and found.prompt_error < 0.05
     assert found.total == pytest.approx(float(gain.mean()), rel=0.02)
     assert found.metric == metric.name
     assert list(found.sum_by_points)[-1] == found.n_points
@@ -361,7 +361,7 @@ def test_norms_of_queries_and_keys_have_shares() -> None:
     tuned = changed(base, {"blocks.0.attn.q_norm.w": None, "blocks.1.attn.k_norm.w": None})
     found = weight_shares(base, tuned, PAIRS)
     assert set(found.units) == {Unit("q_norm", 0), Unit("k_norm", 1)}
-    assert found.prompt_error < 0.02 and abs(found.integration_error) < 0.02
+    assert abs(found.integration_error) < 0.02 and found.prompt_error < 0.05
 
 
 # What is read off the shares.

@@ -334,8 +334,8 @@ def weight_shares(
     """The share of the gain that each unit's change of weights brings; all shares sum to the gain.
 
     The integral is taken by Clenshaw and Curtis's rule, whose points are used again as they are
-    doubled: 5, 9, 17, ... until the shares sum to the measured gain within 2 %, and prompt by prompt
-    within 5 % in the mean. What is reached is `integration_error` and `prompt_error`.
+    doubled: 5, 9, 17, ... until the shares sum to the measured gain within 2 %, and prompt by
+    prompt within 5 % in the mean. What is reached is `integration_error` and `prompt_error`.
 
     Only what differs is differentiated. Everything is computed in float32 at least, whatever the
     models' dtype. Neither model is changed, and no third one is held: the weights on the way are
