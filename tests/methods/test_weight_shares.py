@@ -114,7 +114,7 @@ def test_rates_are_those_of_autograd_through_an_independent_forward(
 def test_shares_are_the_integral_by_another_rule_on_a_fine_grid() -> None:
     path = WeightPath(BASE, TUNED, changed_parameters(BASE, TUNED))
     pairs = PAIRS[:2]
-    found = Integration(path, pairs, LOG_PROBABILITY, 2, lambda runs: None)
+    found = Integration(path, pairs, LOG_PROBABILITY, 2, 65, lambda runs: None)
     shares = found.integral(65)
     nodes, weights = np.polynomial.legendre.leggauss(40)
     for row in range(2):

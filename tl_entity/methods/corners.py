@@ -216,11 +216,12 @@ def four_corners(
     """
     check_same_architecture(base, tuned)
     pairs = scored_pairs(base, prompts)
-    scored_pairs(tuned, prompts)
+    scored_pairs(tuned, prompts)  # what only one of the models knows
     if position is not None:
         pairs.clean.position(position)
-    for model in (base, tuned) if engine == "exact" else ():
-        check_supported(model)
+    if engine == "exact":
+        check_supported(base)
+        check_supported(tuned)
     size = prompts_within(base.cfg, 4 * pairs.clean.tokens.shape[1], memory_budget(base.cfg.device))
 
     def compute(chunk: PairBatch) -> tuple[Tensor, Tensor]:

@@ -284,27 +284,12 @@ def graft_curve(
         sizes = [2**power for power in range(n.bit_length()) if 2**power < n] or [n]
     if not all(0 < size <= n for size in sizes):
         raise InputError(f"{n} units changed; sizes must be from 1 to {n}, not {list(sizes)}.")
-    alone, whole = (_answers(model, prompts, progress) for model in (base, tuned))
-    bootstrap = Bootstrap.draw(len(prompts), seed=min(seeds, default=0))
-
-    def entry(order: str, units: tuple[Unit, ...]) -> Grafted:
-        grafted = _answers(graft(base, tuned, units), prompts, progress)
-        removed = _answers(graft(tuned, base, units), prompts, progress)
-        return Grafted(
-            order=order,
-            units=units,
-            share=shares.part(units).of_gain,
-            grafted=grafted,
-            recovered=recovered_gain(grafted, alone, whole, bootstrap),
-            removed=removed,
-            remaining=recovered_gain(removed, alone, whole, bootstrap),
-        )
-
+    tried = _Tried(base, tuned, prompts, shares, progress, seed=min(seeds, default=0))
     by_share = shares.ranked()
     rankings = {BY_SHARE: by_share, BY_SIZE: shares.ranked(by_size=True), **(orders or {})}
     growing = sorted(set(sizes))
     entries = [
-        entry(order, tuple(ranking[:size]))
+        tried.entry(order, tuple(ranking[:size]))
         for order, ranking in rankings.items()
         for size in growing
         if size <= len(ranking)
@@ -312,14 +297,46 @@ def graft_curve(
     for seed in seeds:
         for size in growing:
             (drawn,) = random_units(shares.units, by_share[:size], draws=1, seed=seed)
-            entries.append(entry(f"{RANDOM} {seed}", drawn))
-    return GraftCurve(alone, whole, tuple(entries), n)
+            entries.append(tried.entry(f"{RANDOM} {seed}", drawn))
+    return GraftCurve(tried.alone, tried.whole, tuple(entries), n)
 
 
-def _answers(model: Model, prompts: PromptBatch, progress: Callable[[int], object]) -> Evaluation:
-    found = evaluate(model, prompts)
-    progress(len(prompts))
-    return found
+class _Tried:
+    """Two models' answers to some prompts, and those of their grafts."""
+
+    def __init__(
+        self,
+        base: Model,
+        tuned: Model,
+        prompts: PromptBatch,
+        shares: WeightShares,
+        progress: Callable[[int], object],
+        *,
+        seed: int,
+    ) -> None:
+        self.base, self.tuned, self.prompts = base, tuned, prompts
+        self.shares, self.progress = shares, progress
+        self.bootstrap = Bootstrap.draw(len(prompts), seed=seed)
+        self.alone, self.whole = self._answers(base), self._answers(tuned)
+
+    def entry(self, order: str, units: tuple[Unit, ...]) -> Grafted:
+        """The units' changes alone, and all but these."""
+        grafted = self._answers(graft(self.base, self.tuned, units))
+        removed = self._answers(graft(self.tuned, self.base, units))
+        return Grafted(
+            order=order,
+            units=units,
+            share=self.shares.part(units).of_gain,
+            grafted=grafted,
+            recovered=recovered_gain(grafted, self.alone, self.whole, self.bootstrap),
+            removed=removed,
+            remaining=recovered_gain(removed, self.alone, self.whole, self.bootstrap),
+        )
+
+    def _answers(self, model: Model) -> Evaluation:
+        found = evaluate(model, self.prompts)
+        self.progress(len(self.prompts))
+        return found
 
 
 def _check_held_out(prompts: PromptBatch, shares: WeightShares) -> None:

@@ -58,10 +58,15 @@ class Integration:
         pairs: PairBatch,
         metric: Metric,
         batch_size: int,
+        max_points: int,
         progress: Callable[[int], object],
     ) -> None:
+        if max_points < FIRST_POINTS:
+            raise InputError(
+                f"The integration takes at least {FIRST_POINTS} points, not {max_points}."
+            )
         self.path, self.pairs, self.metric = path, pairs, metric
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.max_points, self.progress = batch_size, max_points, progress
         # By the place among the points, 0 to 1, which angles would only give rounded.
         self.rates: dict[Fraction, Tensor] = {}
         self.start, rates = self._at(Fraction(0), None)
@@ -81,7 +86,7 @@ class Integration:
         assert total is not None
         return total
 
-    def until_exact(self, max_points: int) -> tuple[Float[Tensor, "unit batch"], dict[int, float]]:
+    def until_exact(self) -> tuple[Float[Tensor, "unit batch"], dict[int, float]]:
         """The shares by so many points that they sum to the gain, or by as many as may be.
 
         Returns:
@@ -91,7 +96,7 @@ class Integration:
         while True:
             shares = self.integral(n_points)
             sums[n_points] = float(shares.mean(-1).sum())
-            if _is_exact_enough(shares, self.gain) or 2 * n_points - 1 > max_points:
+            if _is_exact_enough(shares, self.gain) or 2 * n_points - 1 > self.max_points:
                 return shares, sums
             n_points = 2 * n_points - 1
 

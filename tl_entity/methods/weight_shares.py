@@ -4,10 +4,14 @@ With base weights W and the fine-tune's W + D, the gradient of the metric with r
 weights, times the unit's D, integrated over W + a D from a = 0 to 1, is the unit's share. All
 shares sum to the gain, up to the error of the integration (integrated gradients, Sundararajan et
 al. 2017, with weights in place of inputs).
+
+The integral is taken by Clenshaw and Curtis's rule, whose points are used again as they are
+doubled: 5, 9, 17, ... until the shares sum to the measured gain within 2 %, and prompt by prompt
+within 5 % in the mean. What is reached is the result's `integration_error` and `prompt_error`.
 """
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,7 +30,7 @@ from tl_entity.hooks.points import n_kv_heads
 from tl_entity.methods.circuits import BATCH_SIZE
 from tl_entity.methods.gains import scored_pairs
 from tl_entity.methods.shares_inside import Part, SharesInside, relative_to
-from tl_entity.methods.weight_integral import FIRST_POINTS, MAX_POINTS, Integration
+from tl_entity.methods.weight_integral import MAX_POINTS, Integration
 from tl_entity.methods.weight_path import WeightPath, bytes_per_prompt
 from tl_entity.methods.weight_units import (
     KINDS,
@@ -45,8 +49,6 @@ from tl_entity.tasks.batches import PairBatch, PromptBatch
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-    from tl_entity.plots.gain import ShareMap
 
 UNITS_IN_A_LINE = 3
 """Units that a line of text names."""
@@ -288,7 +290,10 @@ class WeightShares(Result):
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
         """Maps of shares, layer by head, for q, k, v and o, and layer by part for the MLPs."""
-        from tl_entity.plots.gain import share_maps
+        from tl_entity.plots.gain import ShareMap, share_maps
+
+        def values(units: list[list[Unit]]) -> np.ndarray:
+            return np.array([[found.get(unit, math.nan) for unit in row] for row in units])
 
         width = {"k": self.n_kv_heads, "v": self.n_kv_heads}
         found = dict(zip(self.units, self.shares.double().cpu().tolist(), strict=True))
@@ -298,11 +303,11 @@ class WeightShares(Result):
                 columns = range(width.get(kind, self.n_heads))
                 units = [[Unit(kind, layer, h) for h in columns] for layer in range(self.n_layers)]
                 title_of = f"{kind} (KV)" if kind in SHARED_KINDS else kind
-                maps.append(_share_map(title_of, [str(h) for h in columns], units, found))
+                maps.append(ShareMap(title_of, tuple(map(str, columns)), values(units)))
         parts = [kind for kind in MLP_KINDS if any(unit.kind == kind for unit in self.units)]
         if parts:
             units = [[Unit(kind, layer) for kind in parts] for layer in range(self.n_layers)]
-            maps.append(_share_map("MLP", parts, units, found))
+            maps.append(ShareMap("MLP", tuple(parts), values(units)))
         if title is None:
             title = f"Shares of the gain ({self.metric} {self.gain:+.3f})"
         return share_maps(maps, title=title)
@@ -333,10 +338,6 @@ def weight_shares(
 ) -> WeightShares:
     """The share of the gain that each unit's change of weights brings; all shares sum to the gain.
 
-    The integral is taken by Clenshaw and Curtis's rule, whose points are used again as they are
-    doubled: 5, 9, 17, ... until the shares sum to the measured gain within 2 %, and prompt by
-    prompt within 5 % in the mean. What is reached is `integration_error` and `prompt_error`.
-
     Only what differs is differentiated. Everything is computed in float32 at least, whatever the
     models' dtype. Neither model is changed, and no third one is held: the weights on the way are
     made for one layer at a time.
@@ -360,17 +361,14 @@ def weight_shares(
     """
     changed = changed_parameters(base, tuned)
     pairs = scored_pairs(base, prompts)
-    if max_points < FIRST_POINTS:
-        raise InputError(f"The integration takes at least {FIRST_POINTS} points, not {max_points}.")
     assert isinstance(base, HookedTransformer) and isinstance(tuned, HookedTransformer)
     path = WeightPath(base, tuned, changed)
     memory = memory_budget(base.cfg.device) if memory is None else memory
     size = max(1, min(batch_size, memory // bytes_per_prompt(base, pairs.clean.tokens.shape[1])))
-    found = Integration(path, pairs, metric, size, progress)
-    shares, sums = found.until_exact(max_points)
+    found = Integration(path, pairs, metric, size, max_points, progress)
+    shares, sums = found.until_exact()
     sizes = torch.tensor(sizes_of_change(base, tuned, changed), dtype=torch.float64)
     kept = (sizes > 0).nonzero().squeeze(1)
-    clean = pairs.clean
     return WeightShares(
         units=tuple(path.units[index] for index in kept.tolist()),
         per_prompt=shares[kept.to(shares.device)],
@@ -382,7 +380,7 @@ def weight_shares(
         n_layers=base.cfg.n_layers,
         n_heads=base.cfg.n_heads,
         n_kv_heads=n_kv_heads(base.cfg),
-        tokens=clean.tokens.masked_fill(~clean.mask, -1),
+        tokens=pairs.clean.tokens.masked_fill(~pairs.clean.mask, -1),
     )
 
 
@@ -392,15 +390,3 @@ def _heads(heads: Circuit | HeadsAt | Iterable[Head]) -> tuple[Head, ...]:
     if isinstance(heads, Mapping):
         heads = [head for at in heads.values() for head in at]
     return tuple(dict.fromkeys(Head(*head) for head in heads))
-
-
-def _share_map(
-    title: str,
-    columns: Sequence[str],
-    units: Sequence[Sequence[Unit]],
-    found: Mapping[Unit, float],
-) -> "ShareMap":
-    from tl_entity.plots.gain import ShareMap
-
-    values = np.array([[found.get(unit, math.nan) for unit in row] for row in units])
-    return ShareMap(title, tuple(columns), values)
