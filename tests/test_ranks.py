@@ -14,9 +14,11 @@ from tl_entity import (
     InputError,
     evaluate,
     evaluate_circuits,
+    four_corners,
     learn_mask,
     mean_head_outputs,
     path_patch,
+    weight_shares,
 )
 from tl_entity.ranks import from_first, is_first, n_ranks, process_group, shared_out
 
@@ -50,6 +52,11 @@ def results(n_pairs: int) -> dict[str, torch.Tensor]:
             epochs=4,
             engine=engine,
         ).trajectory
+    tuned = random_model(n_kv_heads=2)
+    tuned.blocks[1].attn.W_Q.data[2] *= 1.3
+    shares = weight_shares(model, tuned, pairs, batch_size=2)
+    found["shares"], found["gain"] = shares.per_prompt, shares.gain_per_prompt
+    found["corners"] = four_corners(model, tuned, pairs.clean).change
     found["correct"] = evaluate(model, pairs.clean).correct
     found["means"] = mean_head_outputs(model, pairs.clean, batch_size=2)
     return found

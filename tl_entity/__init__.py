@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.activation_patching import carries as carries
     from tl_entity.methods.attention import attention_over_prompt as attention_over_prompt
     from tl_entity.methods.attention import summarize_attention as summarize_attention
+    from tl_entity.methods.behaviour import compare_behaviour as compare_behaviour
     from tl_entity.methods.circuits import Evaluation as Evaluation
     from tl_entity.methods.circuits import Faithfulness as Faithfulness
     from tl_entity.methods.circuits import evaluate as evaluate
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.cmap import cmap_by_group as cmap_by_group
     from tl_entity.methods.compare import compare as compare
     from tl_entity.methods.completeness import completeness as completeness
+    from tl_entity.methods.corners import four_corners as four_corners
     from tl_entity.methods.dcm import HeadMask as HeadMask
     from tl_entity.methods.dcm import LearnedMasks as LearnedMasks
     from tl_entity.methods.dcm import learn_mask as learn_mask
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.discovery import Discovery as Discovery
     from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
+    from tl_entity.methods.grafts import graft as graft
+    from tl_entity.methods.grafts import graft_curve as graft_curve
     from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
     from tl_entity.methods.knockout import knockout_curve as knockout_curve
     from tl_entity.methods.masked_forward import MaskedForward as MaskedForward
@@ -51,6 +55,9 @@ if TYPE_CHECKING:
     from tl_entity.methods.path_patching import path_patch as path_patch
     from tl_entity.methods.path_patching import path_patch_mlps as path_patch_mlps
     from tl_entity.methods.random_circuits import random_circuits as random_circuits
+    from tl_entity.methods.weight_shares import WeightShares as WeightShares
+    from tl_entity.methods.weight_shares import weight_shares as weight_shares
+    from tl_entity.methods.weight_units import Unit as Unit
     from tl_entity.metrics import Metric as Metric
     from tl_entity.models.load import load_model as load_model
     from tl_entity.models.load import load_tokenizer as load_tokenizer
@@ -81,6 +88,7 @@ _HOME = {
     "cmap": "methods.cmap",
     "cmap_by_group": "methods.cmap",
     "compare": "methods.compare",
+    "compare_behaviour": "methods.behaviour",
     "completeness": "methods.completeness",
     "dataset_pairs": "tasks.own",
     "dataset_prompts": "tasks.own",
@@ -96,6 +104,9 @@ _HOME = {
     "evaluate_removals": "methods.circuits",
     "Evaluation": "methods.circuits",
     "Faithfulness": "methods.circuits",
+    "four_corners": "methods.corners",
+    "graft": "methods.grafts",
+    "graft_curve": "methods.grafts",
     "Group": "heads",
     "Head": "heads",
     "HeadMask": "methods.dcm",
@@ -127,6 +138,9 @@ _HOME = {
     "resample_ablation": "methods.ablations",
     "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",
+    "Unit": "methods.weight_units",
+    "weight_shares": "methods.weight_shares",
+    "WeightShares": "methods.weight_shares",
     "zero_ablation": "methods.ablations",
 }
 """The module in which each public name is defined."""

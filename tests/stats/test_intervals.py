@@ -5,10 +5,9 @@ import pytest
 
 from tl_entity.stats import (
     NO_INTERVAL,
-    Bootstrap,
     mean_intervals,
     paired_difference_interval,
-    percentile_interval,
+    paired_loss_interval,
     wilson_interval,
 )
 
@@ -78,33 +77,23 @@ def test_intervals_of_paired_differences_hold_the_truth_as_often_as_they_say() -
         assert np.mean(held) > 0.935
 
 
-def test_means_are_those_of_the_prompts_drawn() -> None:
+def test_intervals_of_paired_losses_hold_and_cover() -> None:
+    """How much more one loses than the other, all four on the same prompts."""
+    none = np.zeros(40, dtype=bool)
+    low, high = paired_loss_interval((~none, ~none), (~none, ~none))
+    assert low == -high and 0.05 < high < 0.1  # a width where nothing was seen to vary
     generator = np.random.default_rng(0)
-    one, other = (generator.random(40) < p for p in (0.7, 0.4))
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    bootstrap = Bootstrap.draw(40, seed=3, draws=500)
-    assert bootstrap.counts.shape == (500, 40)
-    assert (bootstrap.counts.sum(1) == 40).all()
-    rows = [np.repeat(np.arange(40), counts.astype(int)) for counts in bootstrap.counts]
-    np.testing.assert_allclose(
-        bootstrap.means(np.stack([one, other])),
-        [[one[chosen].mean() for chosen in rows], [other[chosen].mean() for chosen in rows]],
-    )
-
-
-def test_percentiles_pass_over_what_is_undefined() -> None:
-    samples = np.append(np.linspace(0, 1, 1001), np.nan)
-    assert percentile_interval(samples) == pytest.approx((0.025, 0.975))
-    assert all(math.isnan(bound) for bound in percentile_interval(np.full(3, np.nan)))
-
-
-def test_percentiles_of_what_is_infinite_are_infinite() -> None:
-    # 97 finite draws of 100: the 97.5 % quantile lies among those that are not.
-    samples = np.append(np.arange(97.0), [np.inf] * 3)
-    assert percentile_interval(samples) == (2.0, math.inf)
-    # Of 99 it lies among the finite ones.
-    assert percentile_interval(np.append(np.arange(99.0), np.inf)) == (2.0, 97.0)
-    assert percentile_interval(np.full(5, np.inf)) == (math.inf, math.inf)
+    # Eight outcomes: right before and after in the one, right after in the other, in which all
+    # were right before.
+    shares = generator.dirichlet(np.full(8, 0.5))
+    outcomes = np.array([[a >> bit & 1 for bit in range(3)] for a in range(8)], dtype=bool)
+    truth = float(shares @ (outcomes[:, 0] * 1.0 - outcomes[:, 1] - (1.0 - outcomes[:, 2])))
+    held = []
+    for _ in range(600):
+        before, after, other = outcomes[generator.choice(8, 60, p=shares)].T
+        low, high = paired_loss_interval((before, after), (np.ones(60, dtype=bool), other))
+        held.append(low <= truth <= high)
+    assert 0.93 < np.mean(held) < 0.985
 
 
 def test_no_interval_says_so() -> None:

@@ -26,9 +26,10 @@ from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import HookFunction, answer_logits, record
 from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
+from tl_entity.methods.gains import recovered_gain
 from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Result
-from tl_entity.stats import Interval, paired_difference_interval, paired_share
+from tl_entity.stats import Interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -357,17 +358,16 @@ def _patched(
     base: Evaluation,
     tuned: Evaluation,
 ) -> Patched:
-    right, before, after = (found.correct.cpu().numpy() for found in (evaluation, base, tuned))
-    recovered, recovered_interval = paired_share(before, right, after)
+    found = recovered_gain(evaluation, base, tuned)
     return Patched(
         group=name,
         patch=patch,
         heads=heads,
         evaluation=evaluation,
-        gain=evaluation.accuracy - base.accuracy,
-        gain_interval=paired_difference_interval(right, before),
-        recovered=recovered,
-        recovered_interval=recovered_interval,
+        gain=found.gain,
+        gain_interval=found.gain_interval,
+        recovered=found.recovered,
+        recovered_interval=found.recovered_interval,
     )
 
 

@@ -4,12 +4,10 @@ from tl_entity.stats.chance import Chance, layered_overlap_by_chance, overlap_by
 from tl_entity.stats.intervals import (
     NO_INTERVAL,
     Z_95,
-    Bootstrap,
     Interval,
     mean_intervals,
     paired_difference_interval,
     paired_loss_interval,
-    percentile_interval,
     wilson_interval,
 )
 from tl_entity.stats.ranks import average_ranks, spearman
@@ -23,7 +21,6 @@ from tl_entity.stats.shares import paired_share, paired_share_interval, share_sc
 __all__ = [
     "NO_INTERVAL",
     "Z_95",
-    "Bootstrap",
     "Chance",
     "Interval",
     "average_ranks",
@@ -37,7 +34,6 @@ __all__ = [
     "paired_ratio_intervals",
     "paired_share",
     "paired_share_interval",
-    "percentile_interval",
     "share_scores",
     "spearman",
     "wilson_interval",

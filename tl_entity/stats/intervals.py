@@ -1,7 +1,6 @@
-"""Intervals and resampling: every accuracy and mean score carries its uncertainty."""
+"""Intervals: every accuracy and mean score carries its uncertainty."""
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -118,46 +117,3 @@ def paired_loss_interval(
     centre = float(difference.mean())
     spread = Z_95 * math.sqrt(float((difference**2).mean() - centre**2) / (n + 2))
     return Interval(max(-2.0, centre - spread), min(2.0, centre + spread))
-
-
-@checked
-@dataclass(frozen=True)
-class Bootstrap:
-    """Prompts resampled many times, for the intervals of any statistics of these prompts.
-
-    Attributes:
-        counts: how often each draw has each prompt.
-    """
-
-    counts: Float64[np.ndarray, "draws batch"]
-
-    @classmethod
-    def draw(cls, n: int, *, seed: int, draws: int = 10_000) -> "Bootstrap":
-        """As many of `n` prompts, drawn with replacement; the same seed gives the same draws."""
-        generator = np.random.default_rng(seed)
-        # Multinomial counts are the same resampling as drawing n indices, at a fraction of the
-        # memory.
-        return cls(generator.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64))
-
-    @checked
-    def means(
-        self, values: Float[np.ndarray, "*cells batch"]
-    ) -> Float64[np.ndarray, "*cells draws"]:
-        """The mean of the prompts' values in each draw."""
-        return values.astype(np.float64) @ self.counts.T / self.counts.shape[1]
-
-
-@checked
-def percentile_interval(samples: Float[np.ndarray, " draws"]) -> Interval:
-    """From the 2.5 % to the 97.5 % quantile of bootstrap draws. Draws that are NaN are left out;
-    NaN if all are. Infinite draws count as what they are, and so may be the ends."""
-    there = samples[~np.isnan(samples)]
-    if len(there) == 0:
-        return Interval(math.nan, math.nan)
-    if np.isinf(there).any():
-        # There is nothing between a number and infinity: the draw further out.
-        low = np.quantile(there, 0.025, method="lower")
-        high = np.quantile(there, 0.975, method="higher")
-    else:
-        low, high = np.quantile(there, [0.025, 0.975])
-    return Interval(float(low), float(high))
