@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models.test_adapters import adapt
-from tests.study.helpers import N_HEADS, N_LAYERS, save_tiny_model
+from tests.study.helpers import N_HEADS, N_LAYERS, save_random_model, save_tiny_model
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head
 from tl_entity.methods.ablations import mean_head_outputs, pooled_ablation
@@ -195,7 +195,7 @@ def test_figures_show_the_results(results):
 
 def test_a_model_beside_itself_has_the_same_circuit(settings, tmp_path):
     twice = Settings(
-        base=settings.tuned, tuned=settings.tuned, prompts=4, boxes=2, sizes=TWO_EACH,
+        base=settings.tuned, tuned=settings.tuned, prompts=20, boxes=3, sizes=TWO_EACH,
         random_circuits=0, all_pairs=True, only=("faithfulness", "comparison"), png=False,
     )  # fmt: skip
     results = reproduce(twice, tmp_path)
@@ -590,7 +590,8 @@ def test_the_engine_is_part_of_what_an_outcome_depends_on(settings, tmp_path):
 
 def test_no_circuit_is_looked_for_where_there_is_no_ability(settings, tmp_path):
     """What a random model gets right by luck would have a circuit of nothing."""
-    alone = replace(settings, tuned=None, all_pairs=False, prompts=12)
+    guessing = str(save_random_model(tmp_path / "models" / "first<b>", seed=1))
+    alone = replace(settings, base=guessing, tuned=None, all_pairs=False, prompts=12)
     watch = Watch()
     results = reproduce(alone, tmp_path / "alone", progress=watch)
     assert watch.seen == ["base: accuracy"]
@@ -616,7 +617,9 @@ def test_no_circuit_is_looked_for_where_there_is_no_ability(settings, tmp_path):
 
 
 def test_models_that_could_be_compared_are_not_if_one_has_no_circuit(settings, tmp_path):
-    can_not = replace(settings, all_pairs=False, prompts=12)
+    guessing = str(save_random_model(tmp_path / "models" / "first<b>", seed=1))
+    other = str(save_random_model(tmp_path / "models" / "second", seed=2))
+    can_not = replace(settings, base=guessing, tuned=other, all_pairs=False, prompts=12)
     results = reproduce(can_not, tmp_path)
     assert results["not_compared"] == "no circuit was found in first<b>."
     assert results["cmap"] == {} and results["same_circuit"] is None

@@ -169,6 +169,8 @@ def _completeness(roles: list[str], figures: dict[str, go.Figure], tables: Any) 
 
 
 def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
+    if "minimality" not in tables:
+        return "<p>No circuit has a head, so there is none to be needed.</p>"
     counts = []
     for model in content["models"].values():
         entries = model["minimality"]["entries"]
@@ -185,9 +187,9 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
             figure_element(
                 figures,
                 f"{role}_minimality",
-                "Heads by group, 95 % bootstrap intervals. Where nothing is left without a head, "
-                "its minimality is infinite: drawn to the top, and marked &infin;. Where that "
-                "can't be ruled out, the interval reaches to the top: &uarr;.",
+                "Heads by group, 95 % score intervals of the ratio. Where nothing is left without a "
+                "head, its minimality is infinite: drawn to the top, and marked &infin;. Where "
+                "that can't be ruled out, the interval reaches to the top: &uarr;.",
             )
             for role in content["models"]
         )

@@ -278,7 +278,7 @@ def _faithfulness_section(content: dict[str, Any], figures: dict[str, go.Figure]
                 rows.append([name, ablation, *_random_cells(part)])
     prompts = content["settings"]["prompts"]
     left = "".join(
-        f"<li><b>{kind}</b>: leaves {LEAVES[kind]}</li>"
+        f"<li><code>{kind}</code>: leaves {LEAVES[kind]}</li>"
         for kind in dict.fromkeys((content["settings"]["ablation"], "index"))
     )
     return (
