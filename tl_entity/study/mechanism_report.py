@@ -187,8 +187,8 @@ def _minimality(content: dict[str, Any], figures: dict[str, go.Figure], tables: 
             figure_element(
                 figures,
                 f"{role}_minimality",
-                "Heads by group, 95 % score intervals of the ratio. Where nothing is left without a "
-                "head, its minimality is infinite: drawn to the top, and marked &infin;. Where "
+                "Heads by group, 95 % score intervals of the ratio. Where nothing is left without "
+                "a head, its minimality is infinite: drawn to the top, and marked &infin;. Where "
                 "that can't be ruled out, the interval reaches to the top: &uarr;.",
             )
             for role in content["models"]
