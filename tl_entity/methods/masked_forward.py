@@ -4,15 +4,14 @@ Each candidate head's output at one position is m * base + (1 - m) * counterfact
 2023; Prakash et al. 2024, §4.1).
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_entity._model import Model
+from tl_entity._model import Model, frozen
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.suffix import CleanRun
@@ -171,7 +170,7 @@ class MaskedForward(nn.Module):
         """
         recorded = self.record(pairs) if isinstance(pairs, PairBatch) else pairs
         hooks = self.edits(recorded, mask)
-        with _frozen(self.model):
+        with frozen(self.model):
             if recorded.clean is not None:
                 return recorded.clean.answer_logits(hooks, tokens=tokens)
             logits = answer_logits(self.model, recorded.pairs.clean, hooks)
@@ -201,16 +200,3 @@ class MaskedForward(nn.Module):
 def selected_heads(heads: tuple[Head, ...], mask: Float[Tensor, " candidate"]) -> tuple[Head, ...]:
     """The heads whose m is below one half."""
     return tuple(head for head, m in zip(heads, mask.tolist(), strict=True) if m < SELECTED_BELOW)
-
-
-@contextmanager
-def _frozen(model: Model) -> Generator[None, None, None]:
-    """Within this context no weight of the model takes a gradient."""
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trainable:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trainable:
-            weight.requires_grad_(True)
