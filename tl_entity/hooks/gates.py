@@ -228,9 +228,7 @@ def check_gates_fit(gates: Gates, ablation: Ablation) -> None:
         )
 
 
-def _mixed(
-    activation: Tensor, hook: Any, gates: Tensor, rows: Tensor, outputs: Tensor
-) -> Tensor:
+def _mixed(activation: Tensor, hook: Any, gates: Tensor, rows: Tensor, outputs: Tensor) -> Tensor:
     made_for = (*rows.shape, *outputs.shape[1:])
     if activation.shape != made_for:
         raise InputError(

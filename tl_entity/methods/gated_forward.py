@@ -1,6 +1,5 @@
 """A model with a gate on every node: gradients of the gates, and answers with some nodes left."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,16 +14,17 @@ from tl_entity.errors import InputError
 from tl_entity.exact.blocks import check_supported, unembed
 from tl_entity.exact.gated import GatedRun, activation_bytes
 from tl_entity.exact.memory import halving, memory_budget
-from tl_entity.heads import Node
+from tl_entity.heads import Circuit
 from tl_entity.hooks.ablations import Ablation
+from tl_entity.hooks.edits import ablate_heads
 from tl_entity.hooks.gates import Gates, gate_nodes
-from tl_entity.hooks.points import hook_point
+from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.ablations import BATCH_SIZE
 from tl_entity.methods.circuits import Evaluation, Faithfulness
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import LOG_PROBABILITY, Metric, log_probability
-from tl_entity.ranks import gathered, share_of, shared_out, summed
+from tl_entity.ranks import share_of, shared_out, summed
 from tl_entity.results import Result
 from tl_entity.stats import Bootstrap, Interval, percentile_interval, wilson_interval
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
@@ -108,19 +108,27 @@ class NodesEvaluation(Result):
         """One row for each thing measured, with its interval."""
         import pandas as pd
 
-        rows = {
-            "accuracy": (self.alone.accuracy, self.alone.interval),
+        measured = {
+            **self.measured,
             "accuracy of the whole model": (self.whole.accuracy, self.whole.interval),
-            "faithfulness": (self.faithfulness.value, self.faithfulness.interval),
-            "agreement": (self.agreement, self.agreement_interval),
-            "KL": (self.mean_kl, self.kl_interval),
         }
         return pd.DataFrame(
             [
                 {"of": name, "value": value, "low": low, "high": high}
-                for name, (value, (low, high)) in rows.items()
+                for name, (value, (low, high)) in measured.items()
             ]
         )
+
+    @property
+    def measured(self) -> dict[str, tuple[float, Interval]]:
+        """Accuracy, faithfulness, agreement and KL, each with its 95 % interval."""
+        ratio = self.faithfulness
+        return {
+            "accuracy": (self.alone.accuracy, self.alone.interval),
+            "faithfulness": (ratio.value, ratio.interval),
+            "agreement": (self.agreement, self.agreement_interval),
+            "KL": (self.mean_kl, self.kl_interval),
+        }
 
 
 @dataclass(frozen=True)
@@ -253,7 +261,6 @@ class GatedForward:
         values = gates.flat().detach().requires_grad_()
         share = share_of(len(recorded))
         mine = recorded[share.rows]
-        total = torch.zeros((), dtype=torch.float64)
 
         def compute(some: RecordedPrompts) -> Tensor:
             each = self._losses(some, gates.with_values(values), loss)
@@ -268,8 +275,7 @@ class GatedForward:
             raise InputError(
                 "The gates' loss or gradient is not finite; look at the model's answers."
             )
-        total = float(found[-1])
-        return total, found[:-1]
+        return float(found[-1]), found[:-1]
 
     def _gradient_rows(self, recorded: RecordedPrompts) -> int:
         length = recorded.pairs.clean.tokens.shape[1]
@@ -301,46 +307,73 @@ class GatedForward:
             seed: of the bootstrap.
             progress: called with the number of prompts run since the last call.
         """
+        sizes = [len(gates.nodes) for gates in each]
+        return self._evaluate(
+            recorded, lambda chunk: self._logits_each(chunk, each), sizes, seed, progress
+        )
 
-        def compute(some: RecordedPrompts) -> tuple[Tensor, ...]:
+    @torch.no_grad()
+    def evaluate_circuit(
+        self, recorded: RecordedPrompts, circuit: Circuit, seed: int = 0
+    ) -> NodesEvaluation:
+        """The same with only a circuit's heads left, at their positions or roles. MLPs are
+        themselves."""
+        for heads in circuit.heads_at().values():
+            check_heads(self.model, heads)
+
+        def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
+            hooks = ablate_heads(self.ablation, chunk, keep=circuit)
+            return [answer_logits(self.model, chunk, hooks)]
+
+        return self._evaluate(recorded, logits_of, [len(circuit)], seed, lambda runs: None)[0]
+
+    def _evaluate(
+        self,
+        recorded: RecordedPrompts,
+        logits_of: Callable[[PromptBatch], Iterable[Tensor]],
+        sizes: Sequence[int],
+        seed: int,
+        progress: Callable[[int], object],
+    ) -> list[NodesEvaluation]:
+        def compute(some: RecordedPrompts) -> tuple[Tensor, Tensor]:
             whole = self.whole_logits(some)
             rows = [self._read(whole, whole, some)]
-            for logits in self._logits_each(some.pairs.clean, each):
+            for logits in logits_of(some.pairs.clean):
                 rows.append(self._read(logits, whole, some))
                 progress(len(some))
-            chosen, *scores = zip(*rows, strict=True)
-            return torch.stack(chosen), torch.stack([torch.stack(s) for s in scores])
+            return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows], 1)
 
         def compute_mine(mine: RecordedPrompts) -> tuple[Tensor, ...]:
             found = [part for _, part in halving(mine, self.batch_size, compute)]
             return tuple(torch.cat(parts, -1) for parts in zip(*found, strict=True))
 
-        chosen, scores = shared_out(recorded, compute_mine)
+        chosen, (scores, kl, values) = shared_out(recorded, compute_mine)
         targets = recorded.pairs.targets
         answered = [
             Evaluation(predicted, predicted == targets, score)
-            for predicted, score in zip(chosen, scores[0], strict=True)
+            for predicted, score in zip(chosen, scores, strict=True)
         ]
         return [
             NodesEvaluation(
-                n_nodes=len(gates.nodes),
+                n_nodes=n,
                 alone=answered[i],
                 whole=answered[0],
-                kl=scores[1, i],
+                kl=kl[i],
                 metric=self.metric.name,
-                value=scores[2, i],
-                whole_value=scores[2, 0],
+                value=values[i],
+                whole_value=values[0],
                 seed=seed,
             )
-            for i, gates in enumerate(each, start=1)
+            for i, n in enumerate(sizes, start=1)
         ]
 
-    def _read(
-        self, logits: Tensor, whole: Tensor, some: RecordedPrompts
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _read(self, logits: Tensor, whole: Tensor, some: RecordedPrompts) -> tuple[Tensor, Tensor]:
+        """The most likely token; and the target's log probability, the divergence and the metric,
+        one above the other."""
         score = log_probability(logits, some.pairs.targets)
         value = self.metric.of_logits(logits, some.pairs).to(score)
-        return logits.argmax(-1), score, divergence(whole, logits).to(score), value
+        measured = torch.stack([score, divergence(whole, logits).to(score), value])
+        return logits.argmax(-1), measured
 
 
 @checked
