@@ -41,6 +41,7 @@ class GateTraining:
         first_price: of all nodes together, in units of the loss.
         factor: by which the price rises.
         most_prices: how many prices are tried at most.
+        prompts_scored: for the scores, at most.
         prunings: how often, in the end, nodes are ranked by what their removal would do, and as
             many as can go are removed.
 
@@ -50,17 +51,24 @@ class GateTraining:
     """
 
     loss: Loss = "kl"
-    first_steps: int = 32
+    first_steps: int = 24
     steps: int = 12
     prompts_per_step: int = 16
     lr: float = 0.1
-    first_price: float = 0.05
-    factor: float = 1.6
+    first_price: float = 0.1
+    factor: float = 2.0
     most_prices: int = 12
+    prompts_scored: int = 64
     prunings: int = 2
 
     def __post_init__(self) -> None:
-        counts = (self.first_steps, self.steps, self.prompts_per_step, self.most_prices)
+        counts = (
+            self.first_steps,
+            self.steps,
+            self.prompts_per_step,
+            self.most_prices,
+            self.prompts_scored,
+        )
         if min(counts) < 1 or self.prunings < 0:
             raise InputError("Training gates needs at least one step, prompt and price.")
         if not (self.lr > 0 and self.first_price > 0 and self.factor > 1):

@@ -1,7 +1,7 @@
 """A model with a gate on every node: gradients of the gates, and answers with some nodes left."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -103,6 +103,16 @@ class NodesEvaluation(Result):
     @property
     def _n_agreeing(self) -> int:
         return int((self.alone.predicted == self.whole.predicted).sum())
+
+    def of_whole(self, n_nodes: int) -> "NodesEvaluation":
+        """The same of the whole model, which has so many nodes."""
+        return replace(
+            self,
+            n_nodes=n_nodes,
+            alone=self.whole,
+            kl=torch.zeros_like(self.kl),
+            value=self.whole_value,
+        )
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each thing measured, with its interval."""

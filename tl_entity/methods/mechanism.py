@@ -39,7 +39,7 @@ from tl_entity.tasks.batches import PairBatch, PromptBatch
 RANDOM_DRAWS = 3
 """Draws of random nodes that the mechanism is compared with."""
 
-CURVE_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+CURVE_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
 """Sizes of the curve, as shares of the mechanism's; none and all come with them."""
 
 CLOSE = 50
@@ -181,7 +181,7 @@ class _Search:
         done = iter(range(1, 1 + 4))
         self.scores = node_scores(
             self.forward,
-            self.parts.training,
+            self.parts.training[: self.settings.prompts_scored],
             self.gates,
             progress=lambda: self.progress(MechanismStep("scoring", next(done))),
         )
@@ -312,7 +312,8 @@ def _report(search: _Search, kept: Tensor, circuit: Circuit | None, prompts: str
     forward, gates, settings = search.forward, search.gates, search.settings
     order = _descending(torch.ones_like(kept), kept, search.strength, search.scores)
     n, n_all = int(kept.sum()), len(kept)
-    sizes = sorted({0, n_all, *(min(n_all, round(share * n)) for share in CURVE_SHARES)})
+    sizes = sorted({0, n, *(round(share * n) for share in CURVE_SHARES)})
+    sizes = [size for size in sizes if size < n_all]
     each = []
     for size in sizes:
         values = torch.zeros_like(kept)
@@ -323,6 +324,9 @@ def _report(search: _Search, kept: Tensor, circuit: Circuit | None, prompts: str
     each += [gates.with_values(values) for values in drawn]
     found = search.report(each)
     curve, random = found[: len(sizes)], found[len(sizes) :]
+    # All nodes kept is the whole model itself.
+    curve.append(curve[0].of_whole(n_all))
+    sizes.append(n_all)
     reporting = search.parts.reporting
     given = None if circuit is None else forward.evaluate_circuit(reporting, circuit, search.seed)
     clean = reporting.pairs.clean
