@@ -262,12 +262,13 @@ def _attention(
     # Query heads that stand for their key-value heads, so that none is projected twice.
     own_kv = sorted({kv_head(model.cfg, head) for head in heads})
     of_head = [own_kv.index(kv_head(model.cfg, head)) for head in heads]
-    reading = [heads[of_head.index(index)] for index in range(len(own_kv))]
-    q = project(model, layer, "q", tokens.at_queries(normalized, at_last), heads)
+    some = None if len(heads) == model.cfg.n_heads else heads
+    reading = some and [heads[of_head.index(index)] for index in range(len(own_kv))]
+    q = project(model, layer, "q", tokens.at_queries(normalized, at_last), some)
     q = rotate(model, layer, q, tokens.at_queries(rotary, at_last))
     k = rotate(model, layer, project(model, layer, "k", normalized, reading), rotary)
     v = project(model, layer, "v", normalized, reading)
-    if len(own_kv) < len(heads):
+    if len(own_kv) < len(of_head):
         k, v = k[..., of_head, :], v[..., of_head, :]
     q, k, v = (vectors.transpose(1, 2) for vectors in (q, k, v))
     sees = tokens.sees

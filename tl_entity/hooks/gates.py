@@ -46,10 +46,12 @@ class Gates:
         """All gates at one value, for a model with this configuration."""
         # Gates in half precision could not be trained in small steps.
         dtype = torch.promote_types(cfg.dtype, torch.float32)
-        place = {"dtype": dtype, "device": cfg.device}
-        heads = torch.full((cfg.n_layers, len(roles), cfg.n_heads), value, **place)
-        of_mlps = torch.full((cfg.n_layers, len(roles)), value, **place) if mlps else None
-        return cls(tuple(roles), heads, of_mlps)
+
+        def full(*shape: int) -> Tensor:
+            return torch.full(shape, float(value), dtype=dtype, device=cfg.device)
+
+        heads = full(cfg.n_layers, len(roles), cfg.n_heads)
+        return cls(tuple(roles), heads, full(cfg.n_layers, len(roles)) if mlps else None)
 
     @classmethod
     @checked

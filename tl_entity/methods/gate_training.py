@@ -21,6 +21,9 @@ STEEPNESS = 3.0
 """How much the price of a gate bends. The first part of a gate costs most, so that gates end at 0
 or 1 and rounding changes little."""
 
+UNHURRIED = 0.3
+"""Gradients of less than about this share of a node's price move a gate slowly."""
+
 
 @checked
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class GateTraining:
     """
 
     loss: Loss = "kl"
-    first_steps: int = 24
-    steps: int = 12
-    prompts_per_step: int = 16
+    first_steps: int = 32
+    steps: int = 16
+    prompts_per_step: int = 32
     lr: float = 0.1
     first_price: float = 0.1
     factor: float = 2.0
@@ -128,7 +131,12 @@ class GateTrainer:
         self._batches = _batches(len(recorded), settings.prompts_per_step, seed)
         self._gates = gates
         self.values = torch.ones_like(gates.flat())
-        self._optimizer = torch.optim.Adam([self.values], lr=settings.lr)
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Put all gates back to 1."""
+        self.values = torch.ones_like(self.values)
+        self._optimizer = torch.optim.Adam([self.values], lr=self._settings.lr)
 
     @property
     def gates(self) -> Gates:
@@ -152,10 +160,14 @@ class GateTrainer:
             The mean loss of the steps, without the price.
         """
         losses: list[float] = []
+        each = price / len(self.values)
+        # Adam alone would bring a gate down as fast for a small price as for a large one, all gates
+        # in step. So what matters is held up faster than the rest falls.
+        self._optimizer.param_groups[0]["eps"] = UNHURRIED * each
         for _, rows in zip(range(n_steps), self._batches, strict=False):
             some = self._recorded[rows.to(self._recorded.whole.device)]
             loss, gradient = self._forward.gradient(some, self.gates, self._settings.loss)
-            self.values.grad = gradient + price / len(self.values) * slope(self.values)
+            self.values.grad = gradient + each * slope(self.values)
             self._optimizer.step()
             self.values.clamp_(0, 1)
             losses.append(loss)

@@ -213,22 +213,19 @@ class GatedForward:
         """Run the whole model on the prompts, once for any number of gates.
 
         Raises:
-            InputError: if the prompts have no roles, one has no answer, or the ablation does not
-                fit them.
+            InputError: if a prompt has no answer, or the ablation does not fit them.
         """
         pairs = prompts
         if isinstance(pairs, PromptBatch):
             pairs = PairBatch(pairs, pairs, pairs.answers)
-        if pairs.clean.roles is None:
-            raise InputError("Nodes are heads at roles, and the prompts have no roles.")
         if bool((pairs.targets < 0).any()):
             raise InputError("Some prompts have no answer, so there is nothing to be faithful to.")
-        self.ablation.rows(pairs.clean[:1])
+        self.ablation.rows(pairs.clean)
         pairs = pairs.to(self.model.cfg.device or "cpu")
 
         def compute(some: PairBatch) -> tuple[Tensor, ...]:
-            chunks = [some[i : i + self.batch_size] for i in range(0, len(some), self.batch_size)]
-            return (torch.cat([self._run_whole(chunk.clean) for chunk in chunks]).T,)
+            found = halving(some, self.batch_size, lambda chunk: self._run_whole(chunk.clean))
+            return (torch.cat([whole for _, whole in found]).T,)
 
         (whole,) = shared_out(pairs, compute)
         return RecordedPrompts(pairs, whole.T)
@@ -315,7 +312,8 @@ class GatedForward:
             recorded: the prompts.
             each: gates, of the same roles.
             seed: of the bootstrap.
-            progress: called with the number of prompts run since the last call.
+            progress: called with the number of prompts run since the last call; with a negative
+                number for those that must be run once more.
         """
         sizes = [len(gates.nodes) for gates in each]
         return self._evaluate(
@@ -348,9 +346,13 @@ class GatedForward:
         def compute(some: RecordedPrompts) -> tuple[Tensor, Tensor]:
             whole = self.whole_logits(some)
             rows = [self._read(whole, whole, some)]
-            for logits in logits_of(some.pairs.clean):
-                rows.append(self._read(logits, whole, some))
-                progress(len(some))
+            try:
+                for logits in logits_of(some.pairs.clean):
+                    rows.append(self._read(logits, whole, some))
+                    progress(len(some))
+            except BaseException:
+                progress(-len(some) * (len(rows) - 1))
+                raise
             return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows], 1)
 
         def compute_mine(mine: RecordedPrompts) -> tuple[Tensor, ...]:

@@ -267,7 +267,9 @@ class Mechanism(Result):
         )
         frame["kept"] = [node in kept for node in self.gates.all_nodes]
         frame["strength"], frame["score"] = self.strength.tolist(), self.scores.tolist()
-        return frame.sort_values(["kept", "strength", "score"], ascending=False, kind="stable")
+        order = ["kept", "strength", "score"]
+        frame.sort_values(order, ascending=False, kind="stable", inplace=True)
+        return frame
 
     def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
         """The mechanism's strongest nodes."""
@@ -327,7 +329,7 @@ class Mechanism(Result):
         if prompts.roles is None:
             raise InputError("What is used at a word goes by its role, and the prompts have none.")
         there = prompts.mask[row]
-        words = [tokenizer.decode([token]) for token in prompts.tokens[row][there].tolist()]
+        words = [str(tokenizer.decode([token])) for token in prompts.tokens[row][there].tolist()]
         names = [prompts.role_names[role] for role in prompts.roles[row][there].tolist()]
         return node_map(
             [(word, self._at(name)) for word, name in zip(words, names, strict=True)],

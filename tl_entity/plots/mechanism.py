@@ -64,8 +64,15 @@ def size_panels(
                 row=1,
                 col=column,
             )
-        figure.add_vline(
-            x=chosen, line={"color": INK, "dash": "dot", "width": 1}, row=1, col=column
+        figure.add_shape(
+            type="line",
+            x0=chosen,
+            x1=chosen,
+            y0=0,
+            y1=1,
+            xref="x" if column == 1 else f"x{column}",
+            yref="y domain" if column == 1 else f"y{column} domain",
+            line={"color": INK, "dash": "dot", "width": 1},
         )
     figure.update_layout(
         template=STYLE, title_text=title, height=360, margin={"l": 60, "r": 20, "t": 80, "b": 95}
