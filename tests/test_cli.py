@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.helpers import save_tiny_model
+from tests.study.helpers import save_random_model
 from tl_entity.cli import METHODS, main
 from tl_entity.study.settings import EXPERIMENTS
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"), seed=1)
+    return save_random_model(tmp_path_factory.mktemp("model"), seed=1)
 
 
 def refused(capsys, *arguments) -> str:

@@ -44,11 +44,15 @@ if TYPE_CHECKING:
     from tl_entity.methods.discovery import Discovery as Discovery
     from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
+    from tl_entity.methods.gate_training import GateTraining as GateTraining
+    from tl_entity.methods.gated_forward import NodesEvaluation as NodesEvaluation
     from tl_entity.methods.grafts import graft as graft
     from tl_entity.methods.grafts import graft_curve as graft_curve
     from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
     from tl_entity.methods.knockout import knockout_curve as knockout_curve
     from tl_entity.methods.masked_forward import MaskedForward as MaskedForward
+    from tl_entity.methods.mechanism import find_mechanism as find_mechanism
+    from tl_entity.methods.mechanism_result import Mechanism as Mechanism
     from tl_entity.methods.minimality import minimality as minimality
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
@@ -104,7 +108,9 @@ _HOME = {
     "evaluate_removals": "methods.circuits",
     "Evaluation": "methods.circuits",
     "Faithfulness": "methods.circuits",
+    "find_mechanism": "methods.mechanism",
     "four_corners": "methods.corners",
+    "GateTraining": "methods.gate_training",
     "graft": "methods.grafts",
     "graft_curve": "methods.grafts",
     "Group": "heads",
@@ -125,11 +131,13 @@ _HOME = {
     "marked_prompts": "tasks.own",
     "MaskedForward": "methods.masked_forward",
     "mean_head_outputs": "methods.ablations",
+    "Mechanism": "methods.mechanism_result",
     "Metric": "metrics",
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
     "Node": "heads",
+    "NodesEvaluation": "methods.gated_forward",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
     "pooled_ablation": "methods.ablations",

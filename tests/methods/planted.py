@@ -16,6 +16,7 @@ from tl_entity import Head, PairBatch, PromptBatch
 from tl_entity.methods.discovery import Stage
 
 NOTE, COPY = Head(0, 1), Head(1, 2)
+TWIN, IDLE, HINDER = Head(0, 3), Head(0, 0), Head(1, 0)
 LABELS, VALUES, START = range(8), range(8, 16), 16
 N_TOKENS, N_SEGMENTS = 17, 3
 
@@ -25,14 +26,15 @@ STAGES = (
 )
 
 
-def planted_model() -> HookedTransformer:
+def planted_model(spare: int = 0) -> HookedTransformer:
     """Coordinates 0-16 of the residual stream say which token this is, 17-33 which token stands
-    before it, 34-50 which token should follow."""
+    before it, 34-50 which token should follow; nothing reads the spare ones behind, but for small
+    noise and the norms."""
     model = random_model(
         n_layers=2,
         n_heads=4,
         n_kv_heads=4,
-        d_model=3 * N_TOKENS,
+        d_model=3 * N_TOKENS + spare,
         d_head=2 + N_TOKENS,
         d_vocab=N_TOKENS,
         dtype=torch.float32,
@@ -72,6 +74,36 @@ def planted_model() -> HookedTransformer:
     model.unembed.W_U.data[after] = 1.5 * one
     model.unembed.b_U.data[:] = 0
     return model
+
+
+def crowded_model() -> HookedTransformer:
+    """The same beside heads that a search for the mechanism could be fooled by.
+
+    TWIN does what NOTE does, so that either can go, not both. IDLE writes more than any other head,
+    at every token, where nothing reads it. HINDER speaks at the last token against the answer.
+    """
+    model = planted_model(spare=N_TOKENS)
+    first, second = (block.attn for block in model.blocks)
+    for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
+        weight = getattr(first, name).data
+        weight[TWIN.head] = weight[NOTE.head]
+        weight[IDLE.head] = weight[NOTE.head]
+        weight = getattr(second, name).data
+        weight[HINDER.head] = weight[COPY.head]
+    spare = slice(3 * N_TOKENS, 4 * N_TOKENS)
+    first.W_O.data[IDLE.head] = 0
+    first.W_O.data[IDLE.head, 2:, spare] = 3 * torch.eye(N_TOKENS)
+    second.W_O.data[HINDER.head] *= -0.4
+    return model
+
+
+def by_role(prompts: PromptBatch) -> PromptBatch:
+    """The same prompts, with roles that are blind to what is asked."""
+    roles = torch.zeros_like(prompts.tokens)
+    roles[:, 1:-1:2], roles[:, 2:-1:2], roles[:, -1] = 1, 2, 3
+    positions = {"last": prompts.position("last")}
+    names = ("start", "label", "value", "last")
+    return PromptBatch(prompts.tokens, prompts.answers, positions, roles=roles, role_names=names)
 
 
 def planted_pairs(n_pairs: int, seed: int = 0) -> PairBatch:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.random_models import random_model
-from tests.study.helpers import save_tiny_model
+from tests.study.helpers import save_random_model
 from tl_entity import Head
 from tl_entity.cli import main
 from tl_entity.errors import InputError
@@ -27,7 +27,7 @@ RECEIVERS = {"value_fetcher": 2, "pos_transmitter": 1, "pos_detector": 1}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"), seed=1)
+    return save_random_model(tmp_path_factory.mktemp("model"), seed=1)
 
 
 def test_a_configuration_counts_like_its_model():

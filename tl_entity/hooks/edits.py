@@ -9,7 +9,6 @@ return `(hook point name, edit)` pairs, ready for `model.run_with_hooks(tokens, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -246,11 +245,9 @@ def patch_heads(
 
     Raises:
         InputError: if the cache lacks a hook point, holds another number of prompts or positions,
-            or has no such head, a named position is missing, or two names mean one token of the
-            patched run but different ones of the other, so that a head would get two values.
+            or has no such head, or a named position is missing.
     """
     source = into if source is None else source
-    _check_one_source(heads_by_position(heads), into, source)
     hooks: list[Hook] = []
     for position, at in heads_by_position(heads).items():
         read, write = source.position(position), into.position(position)
@@ -412,22 +409,6 @@ def knock_out(
         if chosen != ():
             hooks.append((hook_point("attn_scores", layer), KnockOutAttention(seer, seen, chosen)))
     return hooks
-
-
-def _check_one_source(
-    heads: Mapping[str, Sequence[Head]], into: PromptBatch, source: PromptBatch
-) -> None:
-    """Refuse to give a head two values at one token."""
-    for one, other in combinations(heads, 2):
-        both = sorted(set(heads[one]) & set(heads[other]))
-        same = into.position(one) == into.position(other)
-        apart = source.position(one) != source.position(other)
-        prompts = (same.cpu() & apart.cpu()).nonzero()
-        if both and len(prompts):
-            raise InputError(
-                f"{one!r} and {other!r} are one token of prompt {int(prompts[0])} and two of its "
-                f"source, so {both[0]} would get two values there; patch it at one of them."
-            )
 
 
 def _by_layer(heads: Sequence[Head]) -> dict[int, list[int]]:

@@ -4,15 +4,14 @@ Each candidate head's output at one position is m * base + (1 - m) * counterfact
 2023; Prakash et al. 2024, §4.1).
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_entity._model import Model
+from tl_entity._model import Model, frozen
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.suffix import CleanRun
@@ -195,7 +194,7 @@ class MaskedForward(nn.Module):
         if tokens is not None:
             check_tokens(self.model, tokens, "wanted token of pair")
         hooks = self.edits(recorded, mask)
-        with guarded(self.model), _frozen(self.model):
+        with guarded(self.model), frozen(self.model):
             if recorded.clean is not None:
                 return recorded.clean.answer_logits(hooks, tokens=tokens)
             logits = answer_logits(self.model, recorded.pairs.clean, hooks)
@@ -232,12 +231,14 @@ def outside_inference(pairs: PairBatch) -> PairBatch:
     may not be kept for it."""
 
     def normal(prompts: PromptBatch) -> PromptBatch:
-        mask = prompts.attention_mask
-        return PromptBatch(
+        mask, roles = prompts.attention_mask, prompts.roles
+        return replace(
+            prompts,
             tokens=_normal(prompts.tokens),
             answers=_normal(prompts.answers),
             positions={name: _normal(index) for name, index in prompts.positions.items()},
             attention_mask=None if mask is None else _normal(mask),
+            roles=None if roles is None else _normal(roles),
         )
 
     foils = None if pairs.foils is None else _normal(pairs.foils)
@@ -246,16 +247,3 @@ def outside_inference(pairs: PairBatch) -> PairBatch:
 
 def _normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-@contextmanager
-def _frozen(model: Model) -> Generator[None, None, None]:
-    """Within this context no weight of the model takes a gradient."""
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trainable:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in trainable:
-            weight.requires_grad_(True)
