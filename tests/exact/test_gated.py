@@ -188,7 +188,7 @@ def test_gates_that_do_not_fit_are_refused() -> None:
     for use in (run.answer_resid, lambda some: gate_nodes(some, heads_only, prompts)):
         with pytest.raises(InputError, match=r"MLPs can't be ablated.*mlps=True"):
             use(gates)
-    with pytest.raises(InputError, match="ablation.of_model"):
+    with pytest.raises(InputError, match=r"ablation\.of_model"):
         gate_nodes(gates, zero_ablation(), prompts)
     other = Gates.filled(random_model(n_heads=2).cfg, ROLES, 0.5)
     with pytest.raises(InputError, match="the gates are for 3 of 2"):

@@ -64,9 +64,9 @@ def find_mechanism(
     """Find the fewest nodes that alone, all others ablated, answer as the whole model does.
 
     The prompts are split by the seed: one half finds the nodes (a third of it trains gates, the
-    rest chooses how many are kept), the other half reports. Roles should be blind to what is asked; if
-    some of the prompts' roles are among those that know, the mechanism is marked as told where to
-    look. Under `torchrun` prompts are shared out over the processes.
+    rest chooses how many are kept), the other half reports. Roles should be blind to what is asked;
+    if some of the prompts' roles are among those that know, the mechanism is marked as told where
+    to look. Under `torchrun` prompts are shared out over the processes.
 
     Args:
         model: the model.

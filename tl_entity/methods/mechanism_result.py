@@ -268,8 +268,8 @@ class Mechanism(Result):
         frame["kept"] = [node in kept for node in self.gates.all_nodes]
         frame["strength"], frame["score"] = self.strength.tolist(), self.scores.tolist()
         order = ["kept", "strength", "score"]
-        frame.sort_values(order, ascending=False, kind="stable", inplace=True)
-        return frame
+        ranked: pd.DataFrame = frame.sort_values(order, ascending=False, kind="stable")
+        return ranked
 
     def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
         """The mechanism's strongest nodes."""
