@@ -22,8 +22,9 @@ def save_tiny_model(folder: Path, *, seed: int, **changes: Any) -> Path:
     planted = planted_circuit("default-tuned" if seed == 2 else "default-base")
     assert planted is not None
     # Without the planted circuit: to the program they are models of somebody's own.
-    shutil.copytree(planted.parent, folder, ignore=shutil.ignore_patterns(planted.name),
-                    dirs_exist_ok=True)
+    shutil.copytree(
+        planted.parent, folder, ignore=shutil.ignore_patterns(planted.name), dirs_exist_ok=True
+    )
     config = json.loads((folder / "config.json").read_text())
     if "rope_theta" in changes:
         config["rope_parameters"]["rope_theta"] = changes.pop("rope_theta")

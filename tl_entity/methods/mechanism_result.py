@@ -268,7 +268,8 @@ class Mechanism(Result):
         frame["kept"] = [node in kept for node in self.gates.all_nodes]
         frame["strength"], frame["score"] = self.strength.tolist(), self.scores.tolist()
         order = ["kept", "strength", "score"]
-        return frame.sort_values(by=order, ascending=False, kind="stable")
+        ranked: pd.DataFrame = frame.sort_values(order, ascending=False, kind="stable")
+        return ranked
 
     def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
         """The mechanism's strongest nodes."""
