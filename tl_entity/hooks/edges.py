@@ -1,0 +1,180 @@
+"""Edges between nodes, by plain hooks: two runs an edge. The slow truth that `exact` must agree
+with."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_entity._model import Model
+from tl_entity._typing import checked
+from tl_entity.errors import InputError
+from tl_entity.heads import Node
+from tl_entity.hooks.edits import Hook, ReplaceWhere, freeze_heads
+from tl_entity.hooks.points import hook_point, separate_kv_heads
+from tl_entity.hooks.run import HookFunction, answer_logits, record
+from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
+from tl_entity.tasks.aligned import AlignedTokens
+from tl_entity.tasks.batches import PairBatch, PromptBatch
+
+EdgeInput = Literal["q", "k", "v", "logits"]
+"""What an edge goes into: an input of a head, or the logits."""
+
+
+class Edge(NamedTuple):
+    """A sender's way into a receiver's input, or into the logits, with no head between them.
+
+    Attributes:
+        sender: a head or an MLP at a role.
+        receiver: a head at a role; None for the logits.
+        input: which input of the receiver.
+    """
+
+    sender: Node
+    receiver: Node | None
+    input: EdgeInput
+
+    def __str__(self) -> str:
+        into = "logits" if self.receiver is None else f"{self.input} of {self.receiver}"
+        return f"{self.sender} -> {into}"
+
+    __repr__ = __str__
+
+
+@checked
+def readers(
+    receiver: Node, nodes: Sequence[Node], prompts: PromptBatch
+) -> Bool[Tensor, "batch pos"]:
+    """The tokens at which a receiver reads a changed key or value: all, but those at which the same
+    head is another of the nodes and not this one. That node is a receiver of its own, and goes on
+    reading the clean vector."""
+    siblings = [node for node in nodes if node[:2] == receiver[:2] and node.role != receiver.role]
+    reads = prompts.mask.cpu().clone()
+    for role in {node.role for node in siblings}:
+        reads &= ~prompts.where(role).cpu()
+    return reads | prompts.where(receiver.role).cpu()
+
+
+@checked
+@dataclass(frozen=True)
+class ReplaceTokensWhere:
+    """Give every chosen token another vector.
+
+    Works at every hook point with axes batch, pos, d_model.
+
+    Attributes:
+        where: the (prompt, token) entries replaced.
+        values: what they get.
+    """
+
+    where: Bool[Tensor, "batch pos"]
+    values: Float[Tensor, "batch pos d_model"]
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor:
+        if activation.shape != self.values.shape:
+            raise InputError(
+                f"{hook.name} has shape {tuple(activation.shape)}; the edit is made for "
+                f"{tuple(self.values.shape)}."
+            )
+        where = self.where.to(activation.device)[..., None]
+        return torch.where(where, self.values.to(activation), activation)
+
+
+@checked
+@torch.no_grad()
+def edge_values(
+    model: Model,
+    pairs: PairBatch,
+    edges: Sequence[Edge],
+    *,
+    nodes: Sequence[Node],
+    metric: Metric = RELATIVE_PROBABILITY,
+    progress: Callable[[int], object] = lambda runs: None,
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, "edge batch"]]:
+    """The metric in the clean run, and with each edge patched in turn.
+
+    The definition is that of `tl_entity.methods.edges.mechanism_edges`.
+
+    Args:
+        model: the model.
+        pairs: clean and corrupt prompts.
+        edges: the edges.
+        nodes: the nodes that the edges are between.
+        metric: how runs are scored.
+        progress: called with the number of runs done since the last call, one for each edge and
+            pair.
+    """
+    # The clean run too, so that an edit that changes nothing leaves no trace of rounding.
+    with separate_kv_heads(model) if any(e.input in "kv" for e in edges) else nullcontext():
+        layers = range(model.cfg.n_layers)
+        clean_z = record(model, pairs.clean, {hook_point("z", layer): None for layer in layers})
+        frozen = freeze_heads(clean_z, pairs.clean, layers=layers)
+
+        def scored(hooks: Sequence[tuple[str, HookFunction]]) -> Tensor:
+            return metric.of_logits(answer_logits(model, pairs.clean, hooks), pairs)
+
+        clean = scored([])
+        patched = clean.expand(len(edges), -1).clone()
+        for sender in dict.fromkeys(edge.sender for edge in edges):
+            held = [*frozen, _corrupt_sender(model, pairs, sender)]
+            mine = [index for index, edge in enumerate(edges) if edge.sender == sender]
+            points = {
+                hook_point(edges[i].input, edges[i].receiver.layer): None  # type: ignore[union-attr]
+                for i in mine
+                if edges[i].receiver is not None
+            }
+            seen = record(model, pairs.clean, points, hooks=held) if points else {}
+            for index in mine:
+                edge = edges[index]
+                hooks: Sequence[tuple[str, HookFunction]] = held
+                if edge.receiver is not None:
+                    hooks = _overwritten(pairs, edge, nodes, seen, clean_z)
+                patched[index] = scored(hooks)
+                progress(len(pairs))
+    return clean, patched
+
+
+def _corrupt_sender(model: Model, pairs: PairBatch, sender: Node) -> tuple[str, HookFunction]:
+    """The sender's corrupt output at every token of its role."""
+    tokens = AlignedTokens.of(pairs, sender.role)
+    name = hook_point("mlp_out" if sender.head is None else "z", sender.layer)
+    corrupt = record(model, pairs.corrupt, {name: None})[name]
+    rows, n_tokens = pairs.clean.tokens.shape
+    where, values = tokens.moved_to(corrupt, (rows, n_tokens))
+    if sender.head is None:
+        return name, ReplaceTokensWhere(where, values)
+    return name, ReplaceWhere(_of_head(where, sender.head, values.shape[2]), values)
+
+
+def _overwritten(
+    pairs: PairBatch,
+    edge: Edge,
+    nodes: Sequence[Node],
+    seen: dict[str, Tensor],
+    clean_z: dict[str, Tensor],
+) -> list[Hook]:
+    """The receiver's input, at the sender's tokens, as it was seen with the sender patched."""
+    receiver = edge.receiver
+    assert receiver is not None and receiver.head is not None
+    where = pairs.clean.where(edge.sender.role).cpu()
+    if edge.input == "q":
+        where = where & pairs.clean.where(receiver.role).cpu()
+    name, z = hook_point(edge.input, receiver.layer), hook_point("z", receiver.layer)
+    n_heads = clean_z[z].shape[2]
+    hooks: list[Hook] = [
+        (name, ReplaceWhere(_of_head(where, receiver.head, seen[name].shape[2]), seen[name]))
+    ]
+    others = ~readers(receiver, nodes, pairs.clean)
+    if edge.input != "q" and bool(others.any()):
+        # Other nodes of this head read the clean vector: their output is the clean one.
+        hooks.append((z, ReplaceWhere(_of_head(others, receiver.head, n_heads), clean_z[z])))
+    return hooks
+
+
+def _of_head(where: Tensor, head: int, n_heads: int) -> Bool[Tensor, "batch pos head"]:
+    of_head = torch.arange(n_heads, device=where.device) == head
+    return where[..., None] & of_head
