@@ -23,7 +23,6 @@ from tl_entity.exact.edges import (
     moved_edges,
     pairs_within,
     receivers_by_layer,
-    recorded_inputs,
     to_logits_values,
     top_layer,
 )
@@ -35,13 +34,13 @@ from tl_entity.hooks.edges import Edge, readers
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import answer_logits
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
-from tl_entity.tasks.batches import PairBatch
+from tl_entity.tasks.aligned import AlignedPairs
 
 
 @checked
 def estimated_values(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edges: Sequence[Edge],
     *,
     nodes: Sequence[Node],
@@ -69,7 +68,7 @@ def estimated_values(
     check_supported(model)
     memory = memory_budget(model.cfg.device) if memory is None else memory
 
-    def compute(chunk: PairBatch) -> tuple[Tensor, Tensor]:
+    def compute(chunk: AlignedPairs) -> tuple[Tensor, Tensor]:
         found = _estimate(model, chunk, edges, nodes, metric, memory)
         progress(len(edges) * len(chunk))
         return found
@@ -81,7 +80,7 @@ def estimated_values(
 
 def _estimate(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edges: Sequence[Edge],
     nodes: Sequence[Node],
     metric: Metric,
@@ -92,22 +91,22 @@ def _estimate(
     clean, of_z = _output_gradients(model, pairs, list(by_layer), metric, memory)
     changed = clean.new_zeros(len(edges), len(pairs))
     with torch.no_grad():
-        held = HeldPass.record(model, pairs, [edge.sender for edge in edges], top=top)
+        senders = [edge.sender for edge in edges]
+        held = HeldPass.record(model, pairs, senders, top=top, inputs_of=by_layer)
         into = by_input(edges, held)
-        points = recorded_inputs(model, pairs.clean, list(by_layer))
         for layer, rows, resid in held.layers(top):
             cell = (rows.sender * len(pairs) + rows.prompt).to(clean.device)
             found = _products(
-                model, pairs, nodes, by_layer.get(layer, ()), points, of_z, rows, resid
+                model, pairs, nodes, by_layer.get(layer, ()), held.points, of_z, rows, resid
             )
             for target, product in found:
-                mine, senders = into.get(target, ((), ()))
+                mine, of = into.get(target, ((), ()))
                 sums = clean.new_zeros(len(held.senders) * len(pairs))
                 sums.index_add_(0, cell, product.to(sums))
-                changed[list(mine)] = sums.view(-1, len(pairs))[list(senders)]
+                changed[list(mine)] = sums.view(-1, len(pairs))[list(of)]
             if layer == top and TO_LOGITS in into:
-                mine, senders = into[TO_LOGITS]
-                values = to_logits_values(model, pairs, senders, held, resid, metric)
+                mine, of = into[TO_LOGITS]
+                values = to_logits_values(model, pairs, of, held, resid, metric)
                 changed[list(mine)] = values.to(clean) - clean
         moved = moved_edges(pairs, held, into, nodes, len(edges)).to(clean.device)
     return clean, clean + changed.where(moved, 0)
@@ -115,7 +114,7 @@ def _estimate(
 
 def _products(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     nodes: Sequence[Node],
     receivers: Sequence[Node],
     points: Mapping[str, Tensor],
@@ -146,11 +145,11 @@ def _products(
 
 @torch.enable_grad()
 def _output_gradients(
-    model: Model, pairs: PairBatch, layers: Sequence[int], metric: Metric, memory: int
+    model: Model, pairs: AlignedPairs, layers: Sequence[int], metric: Metric, memory: int
 ) -> tuple[Float[Tensor, " batch"], dict[int, Float[Tensor, "batch pos head d_head"]]]:
     """The metric in the clean run, and its gradient at the outputs of all heads in some layers."""
 
-    def compute(chunk: PairBatch) -> tuple[Tensor, list[Tensor]]:
+    def compute(chunk: AlignedPairs) -> tuple[Tensor, list[Tensor]]:
         cfg = model.cfg
         shape = (*chunk.clean.tokens.shape, cfg.n_heads, cfg.d_head)
         probes = {
@@ -160,7 +159,7 @@ def _output_gradients(
             for layer in layers
         }
         hooks = [(hook_point("z", layer), _Add(p)) for layer, p in probes.items()]
-        values = metric.of_logits(answer_logits(model, chunk.clean, hooks), chunk)
+        values = metric.of_logits(answer_logits(model, chunk.clean, hooks), chunk.pairs)
         found = torch.autograd.grad(values.sum(), list(probes.values())) if probes else ()
         return values.detach(), list(found)
 
@@ -182,7 +181,7 @@ class _Add:
         return activation + self.added
 
 
-def _bytes_of_gradients(model: Model, pairs: PairBatch) -> int:
+def _bytes_of_gradients(model: Model, pairs: AlignedPairs) -> int:
     """About what a run of one prompt keeps for its backward pass."""
     cfg, n_pos = model.cfg, pairs.clean.tokens.shape[1]
     each = 6 * (cfg.d_mlp or 4 * cfg.d_model) + 12 * cfg.d_model + 4 * cfg.n_heads * n_pos

@@ -18,7 +18,7 @@ from tl_entity.exact.blocks import check_supported, project
 from tl_entity.exact.held import HeldPass, Rows
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.exact.path_patching import metric_values
-from tl_entity.exact.receivers import HEAD_INPUTS, Receivers
+from tl_entity.exact.receivers import Receivers
 from tl_entity.exact.suffix import CleanRun
 from tl_entity.heads import Node
 from tl_entity.hooks.edges import Edge, EdgeInput, readers
@@ -26,7 +26,8 @@ from tl_entity.hooks.edits import Hook, ReplaceWhere
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
-from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
+from tl_entity.tasks.aligned import AlignedPairs
+from tl_entity.tasks.batches import ANSWER_POSITION
 
 Target = tuple[Node | None, EdgeInput]
 """A receiver and which of its inputs; None for the logits."""
@@ -38,7 +39,7 @@ TO_LOGITS: Target = (None, "logits")
 @torch.no_grad()
 def edge_values(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edges: Sequence[Edge],
     *,
     nodes: Sequence[Node],
@@ -67,7 +68,7 @@ def edge_values(
     check_supported(model)
     memory = memory_budget(model.cfg.device) if memory is None else memory
 
-    def compute(chunk: PairBatch) -> tuple[Tensor, Tensor]:
+    def compute(chunk: AlignedPairs) -> tuple[Tensor, Tensor]:
         found = _run_exactly(model, chunk, edges, nodes, metric, memory)
         progress(len(edges) * len(chunk))
         return found
@@ -79,16 +80,16 @@ def edge_values(
 
 def _run_exactly(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edges: Sequence[Edge],
     nodes: Sequence[Node],
     metric: Metric,
     memory: int,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "edge batch"]]:
     top = top_layer(model, edges)
-    held = HeldPass.record(model, pairs, [edge.sender for edge in edges], top=top)
+    senders, layers = [edge.sender for edge in edges], receivers_by_layer(edges)
+    held = HeldPass.record(model, pairs, senders, top=top, inputs_of=layers)
     into = by_input(edges, held)
-    points = recorded_inputs(model, pairs.clean, list(receivers_by_layer(edges)))
     edits: dict[int, Hook] = {}
     to_logits = None
     for layer, rows, resid in held.layers(top):
@@ -97,7 +98,7 @@ def _run_exactly(
                 mine = rows.sender == held.senders.index(edge.sender)
                 some = Rows(*(index[mine] for index in rows))
                 edits[i] = _edit(
-                    model, pairs, edge, nodes, points, some, resid[mine.to(resid.device)]
+                    model, pairs, edge, nodes, held.points, some, resid[mine.to(resid.device)]
                 )
         if layer == top and TO_LOGITS in into:
             senders = into[TO_LOGITS][1]
@@ -115,7 +116,7 @@ def _run_exactly(
 
 def _edit(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edge: Edge,
     nodes: Sequence[Node],
     points: Mapping[str, Tensor],
@@ -146,7 +147,7 @@ def _edit(
 
 def _after_receivers(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edges: Sequence[Edge],
     edits: Mapping[int, Hook],
     metric: Metric,
@@ -157,7 +158,7 @@ def _after_receivers(
     if not edits:
         name = hook_point("resid_post", model.cfg.n_layers - 1)
         final = record(model, pairs.clean, {name: ANSWER_POSITION})[name]
-        return metric_values(model, final[None], pairs, metric)[0], {}
+        return metric_values(model, final[None], pairs.pairs, metric)[0], {}
     names = [_begins_at(edges[i]) for i in edits]
     run = CleanRun.record(
         model,
@@ -166,7 +167,7 @@ def _after_receivers(
         positions=[*dict.fromkeys(names), ANSWER_POSITION],
         begins=layers,
     )
-    clean = metric_values(model, run.final[None], pairs, metric)[0]
+    clean = metric_values(model, run.final[None], pairs.pairs, metric)[0]
     found: dict[int, Tensor] = {}
     last = pairs.clean.position(ANSWER_POSITION)
     # Those whose change begins at the same tokens are recomputed together.
@@ -176,7 +177,7 @@ def _after_receivers(
         resid = replace(run, start=start).answer_resid_each(
             [[edits[i]] for i in some], memory=memory
         )
-        values = metric_values(model, resid, pairs, metric)
+        values = metric_values(model, resid, pairs.pairs, metric)
         found |= dict(zip(some, values, strict=True))
     return clean, found
 
@@ -189,7 +190,7 @@ def _begins_at(edge: Edge) -> str:
 
 def to_logits_values(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     senders: Sequence[int],
     held: HeldPass,
     resid: Float[Tensor, "row d_model"],
@@ -202,11 +203,11 @@ def to_logits_values(
     every[held.rows.sender[at_answer], held.rows.prompt[at_answer]] = at_answer
     # Pairs in which a sender is not at that token get any row: they are not moved.
     rows = resid[every[list(senders)].clamp(min=0).to(resid.device)]
-    return metric_values(model, rows, pairs, metric)
+    return metric_values(model, rows, pairs.pairs, metric)
 
 
 def moved_edges(
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     held: HeldPass,
     into: "Mapping[Target, tuple[Sequence[int], Sequence[int]]]",
     nodes: Sequence[Node],
@@ -221,7 +222,7 @@ def moved_edges(
             read = pairs.clean.where(receiver.role).cpu()
         else:  # by a token that is not before it
             reads = readers(receiver, nodes, pairs.clean).int()
-            read = reads.flip(1).cummax(1).values.flip(1).bool()
+            read = reads.flip(1).cumsum(1).flip(1) > 0
         moved[list(mine)] = (held.moved[list(senders)] & read).any(-1)
     return moved
 
@@ -235,11 +236,6 @@ def by_input(edges: Sequence[Edge], held: HeldPass) -> "dict[Target, tuple[list[
         mine.append(index)
         senders.append(place[edge.sender])
     return into
-
-
-def recorded_inputs(model: Model, prompts: PromptBatch, layers: Sequence[int]) -> dict[str, Tensor]:
-    points = {hook_point(which, layer): None for which in HEAD_INPUTS for layer in layers}
-    return record(model, prompts, points) if points else {}
 
 
 def receivers_by_layer(edges: Sequence[Edge]) -> dict[int, list[Node]]:
@@ -262,7 +258,7 @@ def head_of(node: Node) -> int:
     return node.head
 
 
-def pairs_within(model: Model, pairs: PairBatch, edges: Sequence[Edge], memory: int) -> int:
+def pairs_within(model: Model, pairs: AlignedPairs, edges: Sequence[Edge], memory: int) -> int:
     """How many pairs' runs and rows take at most half the memory."""
     cfg, n_pos = model.cfg, pairs.clean.tokens.shape[1]
     senders = {edge.sender for edge in edges}

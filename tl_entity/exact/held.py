@@ -4,7 +4,7 @@ With attention outputs held clean, a change at a token stays at that token. So e
 one of its tokens is one row, and the rows of all senders pass the MLPs as one growing batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,7 @@ from tl_entity.exact.blocks import add_mlp, device_of
 from tl_entity.heads import Node
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
-from tl_entity.tasks.aligned import AlignedTokens
-from tl_entity.tasks.batches import PairBatch
+from tl_entity.tasks.aligned import AlignedPairs
 
 
 class Rows(NamedTuple):
@@ -66,17 +65,24 @@ class HeldPass:
 
     @classmethod
     def record(
-        cls, model: Model, pairs: PairBatch, senders: Sequence[Node], *, top: int
+        cls,
+        model: Model,
+        pairs: AlignedPairs,
+        senders: Sequence[Node],
+        *,
+        top: int,
+        inputs_of: Collection[int] = (),
     ) -> "HeldPass":
-        """Run both prompts of each pair, and keep what the pass up to layer `top` needs.
+        """Run both prompts of each pair, and keep what the pass up to layer `top` needs; of the
+        clean run also the queries, keys and values of some layers.
 
         Raises:
-            InputError: as `AlignedTokens.of`.
+            InputError: as `AlignedPairs.tokens`.
         """
         ordered = tuple(sorted(set(senders), key=_place))
-        tokens = {role: AlignedTokens.of(pairs, role) for role in {s.role for s in ordered}}
+        tokens = {role: pairs.tokens(role) for role in {s.role for s in ordered}}
         sent = dict.fromkeys(_output_point(sender) for sender in ordered)
-        points = dict(sent)
+        points = dict(sent) | {hook_point(w, layer): None for w in "qkv" for layer in inputs_of}
         for layer in range(min((s.layer for s in ordered), default=top), top):
             points |= {hook_point(name, layer): None for name in ("attn_out", "resid_mid")}
             if any(s.layer == layer and s.head is None for s in ordered):

@@ -18,8 +18,8 @@ from tl_entity.hooks.edits import Hook, ReplaceWhere, freeze_heads
 from tl_entity.hooks.points import hook_point, separate_kv_heads
 from tl_entity.hooks.run import HookFunction, answer_logits, record
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
-from tl_entity.tasks.aligned import AlignedTokens
-from tl_entity.tasks.batches import PairBatch, PromptBatch
+from tl_entity.tasks.aligned import AlignedPairs
+from tl_entity.tasks.batches import PromptBatch
 
 EdgeInput = Literal["q", "k", "v", "logits"]
 """What an edge goes into: an input of a head, or the logits."""
@@ -49,14 +49,12 @@ class Edge(NamedTuple):
 def readers(
     receiver: Node, nodes: Sequence[Node], prompts: PromptBatch
 ) -> Bool[Tensor, "batch pos"]:
-    """The tokens at which a receiver reads a changed key or value: all, but those at which the same
-    head is another of the nodes and not this one. That node is a receiver of its own, and goes on
-    reading the clean vector."""
-    siblings = [node for node in nodes if node[:2] == receiver[:2] and node.role != receiver.role]
-    reads = prompts.mask.cpu().clone()
-    for role in {node.role for node in siblings}:
-        reads &= ~prompts.where(role).cpu()
-    return reads | prompts.where(receiver.role).cpu()
+    """The tokens at which a receiver reads a changed key or value: all, as in path patching; but
+    where its head is several of the nodes, its own tokens alone, so that each of them has edges of
+    its own."""
+    if any(node[:2] == receiver[:2] and node.role != receiver.role for node in nodes):
+        return prompts.where(receiver.role).cpu()
+    return prompts.mask.cpu()
 
 
 @checked
@@ -88,7 +86,7 @@ class ReplaceTokensWhere:
 @torch.no_grad()
 def edge_values(
     model: Model,
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edges: Sequence[Edge],
     *,
     nodes: Sequence[Node],
@@ -115,7 +113,7 @@ def edge_values(
         frozen = freeze_heads(clean_z, pairs.clean, layers=layers)
 
         def scored(hooks: Sequence[tuple[str, HookFunction]]) -> Tensor:
-            return metric.of_logits(answer_logits(model, pairs.clean, hooks), pairs)
+            return metric.of_logits(answer_logits(model, pairs.clean, hooks), pairs.pairs)
 
         clean = scored([])
         patched = clean.expand(len(edges), -1).clone()
@@ -138,9 +136,9 @@ def edge_values(
     return clean, patched
 
 
-def _corrupt_sender(model: Model, pairs: PairBatch, sender: Node) -> tuple[str, HookFunction]:
+def _corrupt_sender(model: Model, pairs: AlignedPairs, sender: Node) -> tuple[str, HookFunction]:
     """The sender's corrupt output at every token of its role."""
-    tokens = AlignedTokens.of(pairs, sender.role)
+    tokens = pairs.tokens(sender.role)
     name = hook_point("mlp_out" if sender.head is None else "z", sender.layer)
     corrupt = record(model, pairs.corrupt, {name: None})[name]
     rows, n_tokens = pairs.clean.tokens.shape
@@ -151,7 +149,7 @@ def _corrupt_sender(model: Model, pairs: PairBatch, sender: Node) -> tuple[str, 
 
 
 def _overwritten(
-    pairs: PairBatch,
+    pairs: AlignedPairs,
     edge: Edge,
     nodes: Sequence[Node],
     seen: dict[str, Tensor],
@@ -170,7 +168,7 @@ def _overwritten(
     ]
     others = ~readers(receiver, nodes, pairs.clean)
     if edge.input != "q" and bool(others.any()):
-        # Other nodes of this head read the clean vector: their output is the clean one.
+        # All others read the clean vector: their output is the clean one.
         hooks.append((z, ReplaceWhere(_of_head(others, receiver.head, n_heads), clean_z[z])))
     return hooks
 

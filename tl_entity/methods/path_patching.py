@@ -368,6 +368,17 @@ def path_patch_mlps(
     )
 
 
+@checked
+def check_targets(model: Model, pairs: PairBatch) -> None:
+    """Make sure that every pair has a target.
+
+    Raises:
+        InputError: if a target is no token of the model's vocabulary.
+    """
+    if bool(((pairs.targets < 0) | (pairs.targets >= model.cfg.d_vocab)).any()):
+        raise InputError("A pair has no target: every target must be a token of the vocabulary.")
+
+
 def _path(scores: HeadScores | MLPScores) -> str:
     """The path that was patched, in words."""
     if scores.receivers is None:
@@ -394,8 +405,7 @@ def _run(
     if (receivers is None) != (receiver_input is None):
         raise InputError("Receivers and receiver_input go together: give both or neither.")
     check_heads(model, receivers or ())
-    if bool(((pairs.targets < 0) | (pairs.targets >= model.cfg.d_vocab)).any()):
-        raise InputError("A pair has no target: every target must be a token of the vocabulary.")
+    check_targets(model, pairs)
     how: dict[str, Any] = {
         "position": position,
         "senders": senders,
