@@ -1,5 +1,7 @@
 """Edges by the exact engine against plain hooks, path patching and finite differences."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +14,10 @@ from tl_entity.exact.edge_estimates import estimated_values
 from tl_entity.exact.edges import edge_values
 from tl_entity.hooks import edges as hooks_engine
 from tl_entity.hooks.edges import Edge
+from tl_entity.hooks.points import hook_point
+from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.edges import possible_edges
-from tl_entity.metrics import LOG_PROBABILITY, TARGET_LOGIT
+from tl_entity.metrics import LOG_PROBABILITY, TARGET_LOGIT, log_probability
 from tl_entity.tasks.aligned import AlignedPairs
 
 
@@ -73,6 +77,7 @@ def test_chunks_do_not_matter(n_kv_heads: int) -> None:
     edges = possible_edges(NODES, pairs.clean)
     for values in (edge_values, estimated_values):
         _, whole = values(model, pairs, edges, nodes=NODES)
+        assert whole.shape[-1] == 5
         _, parts = values(model, pairs, edges, nodes=NODES, memory=1)
         torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
 
@@ -95,14 +100,14 @@ def test_an_edge_into_the_logits_is_a_patched_path() -> None:
     nodes = [Node(1, 2, "last"), Node(2, None, "last")]
     edges = possible_edges(nodes, pairs.clean)
     assert [edge.input for edge in edges] == ["logits", "logits"]
-    for values in (edge_values, estimated_values):
-        clean, patched = values(model, AlignedPairs(pairs), edges, nodes=nodes)
-        scores = (patched - clean).expm1()
-        heads = path_patch(model, pairs, engine="hooks").per_example
-        mlps = path_patch_mlps(model, pairs, engine="hooks").per_example
-        torch.testing.assert_close(
-            scores, torch.stack([heads[1, 2], mlps[2]]), atol=1e-9, rtol=1e-9
-        )
+    heads = path_patch(model, pairs, engine="hooks").per_example
+    mlps = path_patch_mlps(model, pairs, engine="hooks").per_example
+    expected = torch.stack([heads[1, 2], mlps[2]])
+    clean, patched = edge_values(model, AlignedPairs(pairs), edges, nodes=nodes)
+    torch.testing.assert_close((patched - clean).expm1(), expected, atol=1e-9, rtol=1e-9)
+    clean, estimates = estimated_values(model, AlignedPairs(pairs), edges, nodes=nodes)
+    for estimated in (estimates - clean).expm1():
+        torch.testing.assert_close(estimated, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("metric", [LOG_PROBABILITY, TARGET_LOGIT])
@@ -120,9 +125,65 @@ def test_estimates_are_the_derivatives_of_exact_values(n_kv_heads: int, metric: 
     edges = possible_edges(NODES, pairs.clean)
     clean, exact = edge_values(model, near, edges, nodes=NODES, metric=metric)
     _, estimated = estimated_values(model, near, edges, nodes=NODES, metric=metric)
-    slopes, expected = (estimated - clean) / step, (exact - clean) / step
+    slopes, expected = (estimated[0] - clean) / step, (exact - clean) / step
     assert (expected.abs().amax(-1) > 1e-3).sum() > len(edges) / 2
     torch.testing.assert_close(slopes, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_second_estimate_is_of_runs_on_the_way_to_corrupt_senders() -> None:
+    model, pairs = random_model(), role_pairs()
+    sender, receiver = Node(0, 0, "last"), Node(1, 1, "last")
+    clean, estimates = estimated_values(
+        model, AlignedPairs(pairs), [Edge(sender, receiver, "v")], nodes=[sender, receiver]
+    )
+    rows, last = torch.arange(len(pairs)), pairs.clean.position("last")
+    twin = pairs.corrupt.position("last")
+    z0, z1, v1 = (hook_point(name, layer) for name, layer in (("z", 0), ("z", 1), ("v", 1)))
+    corrupt = record(model, pairs.corrupt, {z0: None})[z0][rows, twin, 0]
+
+    def move_sender(share: float):
+        def edit(z, hook):
+            z = z.clone()
+            z[rows, last, 0] = torch.lerp(z[rows, last, 0], corrupt, share)
+            return z
+
+        return z0, edit
+
+    def move_receiver(change):
+        def edit(z, hook):
+            z = z.clone()
+            z[rows, last, 1] += change
+            return z
+
+        return z1, edit
+
+    seen = record(model, pairs.clean, {v1: None}, hooks=[move_sender(1.0)])[v1]
+
+    def change_value(v, hook):
+        v = v.clone()
+        v[rows, last, 1] = seen[rows, last, 1]
+        return v
+
+    before = record(model, pairs.clean, {z1: None})[z1]
+    after = record(model, pairs.clean, {z1: None}, hooks=[(v1, change_value)])[z1]
+    change = (after - before)[rows, last, 1]
+
+    def slope(share: float) -> torch.Tensor:
+        step = 1e-5
+        up, down = (
+            log_probability(
+                answer_logits(
+                    model, pairs.clean, [move_sender(share), move_receiver(way * step * change)]
+                ),
+                pairs.targets,
+            )
+            for way in (1, -1)
+        )
+        return (up - down) / (2 * step)
+
+    expected = torch.stack([slope(0.0), (slope(0.3) + slope(0.7)) / 2])
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    torch.testing.assert_close((estimates - clean)[:, 0], expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("engine", [edge_values, hooks_engine.edge_values])

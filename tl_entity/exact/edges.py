@@ -21,7 +21,7 @@ from tl_entity.exact.path_patching import metric_values
 from tl_entity.exact.receivers import Receivers
 from tl_entity.exact.suffix import CleanRun
 from tl_entity.heads import Node
-from tl_entity.hooks.edges import Edge, EdgeInput, readers
+from tl_entity.hooks.edges import Edge, EdgeInput, has_siblings, readers
 from tl_entity.hooks.edits import Hook, ReplaceWhere
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
@@ -103,7 +103,7 @@ def _run_exactly(
         if layer == top and TO_LOGITS in into:
             senders = into[TO_LOGITS][1]
             to_logits = to_logits_values(model, pairs, senders, held, resid, metric)
-    clean, found = _after_receivers(model, pairs, edges, edits, metric, memory)
+    clean, found = _after_receivers(model, pairs, edges, nodes, edits, metric, memory)
     patched = clean.expand(len(edges), -1).clone()
     for i, values in found.items():
         patched[i] = values
@@ -149,6 +149,7 @@ def _after_receivers(
     model: Model,
     pairs: AlignedPairs,
     edges: Sequence[Edge],
+    nodes: Sequence[Node],
     edits: Mapping[int, Hook],
     metric: Metric,
     memory: int,
@@ -159,7 +160,7 @@ def _after_receivers(
         name = hook_point("resid_post", model.cfg.n_layers - 1)
         final = record(model, pairs.clean, {name: ANSWER_POSITION})[name]
         return metric_values(model, final[None], pairs.pairs, metric)[0], {}
-    names = [_begins_at(edges[i]) for i in edits]
+    names = [_begins_at(edges[i], nodes) for i in edits]
     run = CleanRun.record(
         model,
         pairs.clean,
@@ -172,7 +173,7 @@ def _after_receivers(
     last = pairs.clean.position(ANSWER_POSITION)
     # Those whose change begins at the same tokens are recomputed together.
     for name in dict.fromkeys(names):
-        some = [i for i in edits if _begins_at(edges[i]) == name]
+        some = [i for i in edits if _begins_at(edges[i], nodes) == name]
         start = torch.minimum(pairs.clean.first_token(name), last)
         resid = replace(run, start=start).answer_resid_each(
             [[edits[i]] for i in some], memory=memory
@@ -182,10 +183,13 @@ def _after_receivers(
     return clean, found
 
 
-def _begins_at(edge: Edge) -> str:
-    """The name of the tokens at which the receiver's output first changes."""
-    assert edge.receiver is not None
-    return edge.receiver.role if edge.input == "q" else edge.sender.role
+def _begins_at(edge: Edge, nodes: Sequence[Node]) -> str:
+    """The name of the tokens at which the receiver's output first changes: its own, or, if all
+    tokens of its head read the input, the sender's."""
+    receiver = edge.receiver
+    assert receiver is not None
+    own_alone = edge.input == "q" or has_siblings(receiver, nodes)
+    return receiver.role if own_alone else edge.sender.role
 
 
 def to_logits_values(

@@ -110,6 +110,22 @@ class HeldPass:
         )
         return cls(model, ordered, rows, tuple(deltas), clean, moved)
 
+    def by_role(
+        self, filled: int
+    ) -> "Iterator[tuple[list[int], Rows, Int[Tensor, 'sender token']]]":
+        """Of the first rows, for each role: the senders there, the tokens, and the row of each
+        sender at each token."""
+        begins = [0]
+        for delta in self.deltas:
+            begins.append(begins[-1] + len(delta))
+        roles: dict[str, list[int]] = {}
+        for index, sender in enumerate(self.senders):
+            if begins[index + 1] <= filled and len(self.deltas[index]):
+                roles.setdefault(sender.role, []).append(index)
+        for senders in roles.values():
+            rows = torch.stack([torch.arange(begins[i], begins[i + 1]) for i in senders])
+            yield senders, Rows(*(index[rows[0]] for index in self.rows)), rows
+
     def layers(self, top: int) -> Iterator[tuple[int, Rows, Float[Tensor, "row d_model"]]]:
         """For each layer up to `top`, which may be the number of layers: `resid_pre` at their
         tokens of all senders below. The rows are changed in place afterwards."""

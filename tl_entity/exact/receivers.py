@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
@@ -48,32 +48,38 @@ class Receivers:
     def z(
         self, inputs: Mapping[HeadInput, Float[Tensor, "batch pos receiver d_head"]]
     ) -> Float[Tensor, "batch pos receiver d_head"]:
-        """The receivers' outputs with these inputs, of whole prompts. Differentiable."""
-        model, layer, mask = self.model, self.nodes[0].layer, self.prompts.mask
-        device = inputs["q"].device
-        places = (mask.long().cumsum(1) - 1).clamp(min=0).to(device)
-        q, k = (rotate(model, layer, inputs[which], places) for which in ("q", "k"))
-        n = mask.shape[1]
-        causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
-        # Padding sees itself, so that its softmax is of something.
-        sees = (causal & mask[:, None].to(device)) | torch.eye(n, dtype=torch.bool, device=device)
+        """The receivers' outputs with these inputs, of whole prompts."""
+        q, k = self.rotated(inputs["q"]), self.rotated(inputs["k"])
         q, k, v = (vectors.transpose(1, 2) for vectors in (q, k, inputs["v"]))
-        scores = (q / model.blocks[layer].attn.attn_scale) @ k.transpose(-1, -2)
-        pattern = scores.masked_fill(~sees[:, None], float("-inf")).softmax(-1)
+        scores = (q / self.scale) @ k.transpose(-1, -2)
+        pattern = scores.masked_fill(~self.sees[:, None], float("-inf")).softmax(-1)
         return (pattern @ v).transpose(1, 2)
 
-    @torch.enable_grad()
-    def gradients(
-        self, of_z: Float[Tensor, "batch pos receiver d_head"], reads: Bool[Tensor, "batch pos r"]
-    ) -> dict[HeadInput, Float[Tensor, "batch pos receiver d_head"]]:
-        """The gradient at each receiver's inputs, as its readers read them, given that at its
-        output."""
-        inputs: dict[HeadInput, Tensor] = {
-            which: x.detach().requires_grad_() for which, x in self.inputs.items()
-        }
-        read = of_z * reads[..., None].to(of_z)
-        found = torch.autograd.grad((self.z(inputs) * read).sum(), list(inputs.values()))
-        return dict(zip(inputs, found, strict=True))
+    def rotated(
+        self, vectors: Float[Tensor, "batch pos receiver d_head"]
+    ) -> Float[Tensor, "batch pos receiver d_head"]:
+        """After the rotary embedding."""
+        return rotate(self.model, self.nodes[0].layer, vectors, self.places)
+
+    @property
+    def scale(self) -> float:
+        """What attention scores are divided by."""
+        return self.model.blocks[self.nodes[0].layer].attn.attn_scale
+
+    @property
+    def places(self) -> Int[Tensor, "batch pos"]:
+        """Token indices counted without padding."""
+        places = (self.prompts.mask.long().cumsum(1) - 1).clamp(min=0)
+        return places.to(self.inputs["q"].device)
+
+    @property
+    def sees(self) -> Bool[Tensor, "batch pos pos"]:
+        """Which tokens each token sees. Padding sees itself, so that its softmax is of
+        something."""
+        mask = self.prompts.mask.to(self.inputs["q"].device)
+        n = mask.shape[1]
+        causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+        return (causal & mask[:, None]) | torch.eye(n, dtype=torch.bool, device=mask.device)
 
 
 def _input_head(model: Model, which: HeadInput, node: Node) -> int:

@@ -45,6 +45,11 @@ class Edge(NamedTuple):
     __repr__ = __str__
 
 
+def has_siblings(receiver: Node, nodes: Sequence[Node]) -> bool:
+    """Whether a node's head is another of the nodes too."""
+    return any(node[:2] == receiver[:2] and node.role != receiver.role for node in nodes)
+
+
 @checked
 def readers(
     receiver: Node, nodes: Sequence[Node], prompts: PromptBatch
@@ -52,7 +57,7 @@ def readers(
     """The tokens at which a receiver reads a changed key or value: all, as in path patching; but
     where its head is several of the nodes, its own tokens alone, so that each of them has edges of
     its own."""
-    if any(node[:2] == receiver[:2] and node.role != receiver.role for node in nodes):
+    if has_siblings(receiver, nodes):
         return prompts.where(receiver.role).cpu()
     return prompts.mask.cpu()
 
@@ -118,7 +123,7 @@ def edge_values(
         clean = scored([])
         patched = clean.expand(len(edges), -1).clone()
         for sender in dict.fromkeys(edge.sender for edge in edges):
-            held = [*frozen, _corrupt_sender(model, pairs, sender)]
+            held = [*frozen, *corrupt_senders(model, pairs, [sender])]
             mine = [index for index, edge in enumerate(edges) if edge.sender == sender]
             points = {
                 hook_point(edges[i].input, edges[i].receiver.layer): None  # type: ignore[union-attr]
@@ -136,16 +141,34 @@ def edge_values(
     return clean, patched
 
 
-def _corrupt_sender(model: Model, pairs: AlignedPairs, sender: Node) -> tuple[str, HookFunction]:
-    """The sender's corrupt output at every token of its role."""
-    tokens = pairs.tokens(sender.role)
-    name = hook_point("mlp_out" if sender.head is None else "z", sender.layer)
-    corrupt = record(model, pairs.corrupt, {name: None})[name]
-    rows, n_tokens = pairs.clean.tokens.shape
-    where, values = tokens.moved_to(corrupt, (rows, n_tokens))
-    if sender.head is None:
-        return name, ReplaceTokensWhere(where, values)
-    return name, ReplaceWhere(_of_head(where, sender.head, values.shape[2]), values)
+@torch.no_grad()
+def corrupt_senders(
+    model: Model, pairs: AlignedPairs, senders: Sequence[Node]
+) -> list[tuple[str, HookFunction]]:
+    """Hooks that give all of these senders their corrupt outputs, at every token of their roles."""
+    by_point: dict[str, list[Node]] = {}
+    for sender in senders:
+        by_point.setdefault(_output_point(sender), []).append(sender)
+    corrupt = record(model, pairs.corrupt, dict.fromkeys(by_point)) if by_point else {}
+    shape = pairs.clean.tokens.shape
+    hooks: list[tuple[str, HookFunction]] = []
+    for name, mine in by_point.items():
+        output = corrupt[name]
+        values = output.new_zeros(*shape, *output.shape[2:])
+        where = torch.zeros(values.shape[:-1], dtype=torch.bool)
+        for sender in mine:
+            tokens = pairs.tokens(sender.role)
+            at = (tokens.rows, tokens.clean, *(() if sender.head is None else (sender.head,)))
+            twins = (tokens.rows, tokens.corrupt, *at[2:])
+            values[at] = output[twins]
+            where[at] = True
+        edit = ReplaceTokensWhere if mine[0].head is None else ReplaceWhere
+        hooks.append((name, edit(where, values)))
+    return hooks
+
+
+def _output_point(sender: Node) -> str:
+    return hook_point("mlp_out" if sender.head is None else "z", sender.layer)
 
 
 def _overwritten(

@@ -23,7 +23,7 @@ from tl_entity.methods.path_patching import Engine, check_targets
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
 from tl_entity.results import ROWS_SHOWN, Result
-from tl_entity.stats import mean_intervals
+from tl_entity.stats import average_ranks, mean_intervals
 from tl_entity.tasks.aligned import AlignedPairs
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
 
@@ -227,13 +227,15 @@ def mechanism_edges(
     head is several of the nodes, by the receiver's own tokens alone. Under grouped-query attention
     the one head's key or value changes and its siblings' does not. An MLP can be a sender.
 
-    With the exact engine all edges are first estimated: the change of an input, which is exact, of
-    all senders in one held pass, times the input's gradient, of one backward pass. Those into the
-    logits are exact already. First order may be wrong in size and sign where the model is sure of
-    its answer. So the edges are run in the order of how large their estimates are in each pair, of
-    either sign, `top_n` at a time, until such a batch brings none among the `top_n` largest scores
-    and all of these have been run. On the hooks engine every edge is run: two runs of the whole
-    model each.
+    With the exact engine all edges are first estimated: what a sender changes in an input, of all
+    senders in one held pass, and what this changes in the receiver's output are exact; that times
+    the output's gradient, of one backward pass, is the estimate. Edges into the logits are exact
+    already. First order may be wrong in size and sign where the model is sure of its answer. So the
+    edges are run in the order of how large their estimates are in each pair, of either sign, with
+    the gradients of the clean run or with those on the way to a run with all senders corrupt,
+    whichever puts them higher. They are run `top_n` at a time, until such a batch brings none among
+    the `top_n` largest scores and all of these have been run. On the hooks engine every edge is
+    run: two runs of the whole model each.
 
     Args:
         model: the model.
@@ -323,7 +325,8 @@ def _until_the_top_is_exact(
 ) -> tuple[Tensor, Tensor, list[bool]]:
     """Values of the clean run, per-example scores, and which of them are exact."""
     change = how["metric"].change
-    clean, values = shared_out(pairs, lambda some: estimated_values(model, some, edges, **how))
+    clean, estimates = shared_out(pairs, lambda some: estimated_values(model, some, edges, **how))
+    values = estimates[0]
     # To first order in the score, too.
     with torch.enable_grad():
         at = clean.detach().requires_grad_()
@@ -333,7 +336,9 @@ def _until_the_top_is_exact(
     known = [i for i, was in enumerate(exact) if was]
     per_example[known] = change(values[known], clean)
     # Of either sign in each pair: what cancels in the mean of estimates need not in truth.
-    by_estimate = per_example.abs().mean(-1).argsort(descending=True, stable=True).tolist()
+    sizes = (estimates - clean).abs().mean(-1).double().cpu().numpy()
+    best_rank = average_ranks(-sizes).min(0)
+    by_estimate = np.lexsort((-sizes.max(0), best_rank)).tolist()
     top: set[int] = set()
     while True:
         strongest = per_example.mean(-1).abs().argsort(descending=True, stable=True).tolist()

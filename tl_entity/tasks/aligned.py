@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_entity._typing import checked
@@ -28,20 +28,6 @@ class AlignedTokens:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def moved_to(
-        self, values: Tensor, prompts_shape: tuple[int, int]
-    ) -> tuple[Bool[Tensor, "batch pos"], Tensor]:
-        """Where the tokens are in the clean prompts, and activations of the corrupt prompts
-        [batch pos ...] moved there; zero elsewhere."""
-        device = values.device
-        where = torch.zeros(prompts_shape, dtype=torch.bool, device=device)
-        where[self.rows, self.clean] = True
-        moved = values.new_zeros(*prompts_shape, *values.shape[2:])
-        moved[self.rows.to(device), self.clean.to(device)] = values[
-            self.rows.to(device), self.corrupt.to(device)
-        ]
-        return where, moved
 
 
 @checked
