@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.cmap import cmap as cmap
     from tl_entity.methods.cmap import cmap_by_group as cmap_by_group
     from tl_entity.methods.compare import compare as compare
+    from tl_entity.methods.compare_mechanisms import MechanismComparison as MechanismComparison
+    from tl_entity.methods.compare_mechanisms import compare_mechanisms as compare_mechanisms
     from tl_entity.methods.completeness import completeness as completeness
     from tl_entity.methods.corners import four_corners as four_corners
     from tl_entity.methods.dcm import HeadMask as HeadMask
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
     from tl_entity.methods.discovery import Discovery as Discovery
     from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
+    from tl_entity.methods.edges import Edge as Edge
+    from tl_entity.methods.edges import Edges as Edges
+    from tl_entity.methods.edges import mechanism_edges as mechanism_edges
     from tl_entity.methods.gate_training import GateTraining as GateTraining
     from tl_entity.methods.gated_forward import NodesEvaluation as NodesEvaluation
     from tl_entity.methods.grafts import graft as graft
@@ -93,6 +98,7 @@ _HOME = {
     "cmap_by_group": "methods.cmap",
     "compare": "methods.compare",
     "compare_behaviour": "methods.behaviour",
+    "compare_mechanisms": "methods.compare_mechanisms",
     "completeness": "methods.completeness",
     "dataset_pairs": "tasks.own",
     "dataset_prompts": "tasks.own",
@@ -103,6 +109,8 @@ _HOME = {
     "discover_circuit": "methods.discovery",
     "Discovery": "methods.discovery",
     "discovery_pairs": "tasks.pairs",
+    "Edge": "methods.edges",
+    "Edges": "methods.edges",
     "evaluate": "methods.circuits",
     "evaluate_circuits": "methods.circuits",
     "evaluate_removals": "methods.circuits",
@@ -132,6 +140,8 @@ _HOME = {
     "MaskedForward": "methods.masked_forward",
     "mean_head_outputs": "methods.ablations",
     "Mechanism": "methods.mechanism_result",
+    "mechanism_edges": "methods.edges",
+    "MechanismComparison": "methods.compare_mechanisms",
     "Metric": "metrics",
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",

@@ -177,7 +177,7 @@ class _Runs:
             at=pairs.clean.position(position),
             last=pairs.clean.position(ANSWER_POSITION),
             metric=metric,
-            clean=_score(model, seen.pop(final)[None], pairs, metric)[0],
+            clean=metric_values(model, seen.pop(final)[None], pairs, metric)[0],
             deltas=[corrupt[name] - seen[name] for name in sent],
             points=seen,
             senders=senders,
@@ -214,7 +214,7 @@ class _Runs:
 def _through_mlps(model: Model, runs: _Runs) -> Float[Tensor, "senders batch"]:
     """The metric when the senders' changes reach the logits."""
     *_, (_, rows) = _held_pass(model, runs)
-    patched = _score(model, rows, runs.pairs, runs.metric)
+    patched = metric_values(model, rows, runs.pairs, runs.metric)
     # With attention held, the scored token feels only senders at that very token.
     return patched.where((runs.at == runs.last).to(patched.device), runs.clean)
 
@@ -276,7 +276,7 @@ def _through_receivers(
         def compute(
             senders: range, suffix: "_Suffix" = suffix, scored: PairBatch = scored
         ) -> Tensor:
-            return _score(model, suffix.run(senders), scored, runs.metric)
+            return metric_values(model, suffix.run(senders), scored, runs.metric)
 
         size = rows_within(window.bytes_per_variant(model), memory // 2)
         for senders, values in halving(range(n_senders), size, compute):
@@ -387,7 +387,7 @@ class _Suffix:
         return resid_mid
 
 
-def _score(
+def metric_values(
     model: Model,
     resid: Float[Tensor, "senders batch d_model"],
     pairs: PairBatch,

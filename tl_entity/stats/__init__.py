@@ -1,6 +1,11 @@
 """Intervals, chance levels and rank correlations: every number carries its uncertainty."""
 
-from tl_entity.stats.chance import Chance, layered_overlap_by_chance, overlap_by_chance
+from tl_entity.stats.chance import (
+    Chance,
+    layered_overlap_by_chance,
+    overlap_by_chance,
+    overlap_of_choices,
+)
 from tl_entity.stats.intervals import (
     NO_INTERVAL,
     Z_95,
@@ -27,6 +32,7 @@ __all__ = [
     "layered_overlap_by_chance",
     "mean_intervals",
     "overlap_by_chance",
+    "overlap_of_choices",
     "paired_counts",
     "paired_difference_interval",
     "paired_loss_interval",

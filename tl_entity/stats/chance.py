@@ -74,6 +74,26 @@ def layered_overlap_by_chance(layers: Iterable[tuple[int, int, int]]) -> Chance:
     return _chance(reduce(np.convolve, (_hypergeometric(*layer) for layer in layers), np.ones(1)))
 
 
+@checked
+def overlap_of_choices(
+    ours: int, our_choice: int, theirs: int, their_choice: int, common: int
+) -> Chance:
+    """How many things are in both of two random choices from populations that differ: `our_choice`
+    of `ours` things and `their_choice` of `theirs`, of which `common` are in both populations.
+
+    Raises:
+        ValueError: if a choice or what is common is larger than a population, or negative.
+    """
+    if not 0 <= common <= min(ours, theirs):
+        raise ValueError(f"{common} of {ours} and {theirs} can't be common.")
+    total = np.zeros(common + 1)
+    # Their choice has so many of the common things; ours meets some of these.
+    for met, weight in enumerate(overlap_by_chance(theirs, common, their_choice).probabilities):
+        shared = np.array(overlap_by_chance(ours, our_choice, met).probabilities)
+        total[: len(shared)] += weight * shared
+    return _chance(total)
+
+
 def _chance(probabilities: np.ndarray) -> Chance:
     below = probabilities.cumsum()
     # Rounding of the sum must not push a bound past the last number.
