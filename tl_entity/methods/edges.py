@@ -186,7 +186,8 @@ class Edges(Result):
             return compared_graphs(
                 self.graph(n), other.graph(n), names=names, words=words, title=title
             )
-        title = str(self) if title is None else title
+        drawn = min(n, len(self))
+        title = f"{drawn} of {len(self)} edges, {len(self.nodes)} nodes" if title is None else title
         return mechanism_graph(self.graph(n), words=words, title=title)
 
     def graph(self, n: int = EDGES_DRAWN) -> "Graph":
