@@ -107,6 +107,13 @@ def test_bars_carry_their_intervals():
     assert list(figure.data[1].y) == [1 / 2, 1 / 3]
 
 
+def test_a_table_of_no_heads_says_so():
+    figure = attention_heatmap([], ["x", "y"], np.zeros((0, 2)), title="what they attend to")
+    assert not figure.data
+    assert [note.text for note in figure.layout.annotations] == ["there are none"]
+    assert figure.layout.margin.t and figure.layout.title.text == "what they attend to"
+
+
 def test_attention_rows_read_from_top_to_bottom():
     weights = np.array([[1.0, 0.0], [0.25, np.nan]])
     figure = attention_heatmap(["first", "second"], ["x", "y"], weights, title="")

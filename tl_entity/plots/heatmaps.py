@@ -190,6 +190,17 @@ def share_heatmap(
         name: what the shares are.
         joint: what stands ahead of a column's name in a sentence with its row's.
     """
+    if not rows:
+        figure = go.Figure()
+        figure.update_layout(
+            template=STYLE,
+            title_text=title,
+            height=220,
+            margin={"l": 60, "r": 20, "t": 50, "b": 40},
+        )
+        figure.update_xaxes(visible=False)
+        figure.update_yaxes(visible=False)
+        return figure.add_annotation(text="there are none", showarrow=False)
     few = len(rows) <= 40 and len(columns) <= MOST_COLUMNS_WRITTEN
     text = [["" if math.isnan(w) else f"{w:.2f}" for w in row] for row in shares.tolist()]
     figure = go.Figure(
