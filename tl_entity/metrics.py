@@ -1,5 +1,6 @@
 """What is read off the logits at the answer position: the one definition of each score."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_entity._typing import checked
+from tl_entity._typing import checked, reads
 from tl_entity.errors import InputError
 from tl_entity.tasks.batches import PairBatch
 
@@ -136,3 +137,39 @@ LOGIT_DIFFERENCE = Metric("logit difference", _target_minus_foil, tokens=_target
 
 TARGET_LOGIT = Metric("target logit", _first, tokens=_target_only)
 """Change of the target's logit."""
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (RELATIVE_PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT)
+}
+"""The metrics by name; wherever a metric is wanted, its name will do."""
+
+
+def as_metric(given: "Metric | str | Callable[..., Tensor]") -> Metric:
+    """A metric from its name, or from a function of logits `[*senders batch d_vocab]`, or of logits
+    and pairs.
+
+    Raises:
+        InputError: if no metric has the name.
+    """
+    if isinstance(given, Metric):
+        return given
+    if not isinstance(given, str):
+        return _of_function(given)
+    name = given.strip().lower().replace("_", " ").replace("-", " ")
+    if name not in METRICS:
+        raise InputError(f"No metric is called {given!r}; they are {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
+def _of_function(function: "Callable[..., Tensor]") -> Metric:
+    def of_logits(logits: Tensor, pairs: PairBatch) -> Tensor:
+        return function(logits)
+
+    value = function if len(inspect.signature(function).parameters) > 1 else of_logits
+    return Metric(getattr(function, "__name__", "own metric"), value)
+
+
+reads(
+    Metric, lambda given: as_metric(given) if isinstance(given, str) or callable(given) else given
+)
