@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.tasks.shown import PROMPTS_PRINTED, PROMPTS_SHOWN, ShownPrompts
 
 ANSWER_POSITION = "last"
 """The named position whose logits are scored."""
@@ -22,7 +24,7 @@ FIRST, LAST = ".first", ".last"
 
 
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PromptBatch:
     """Prompts as tokens, with their answers, named positions and roles.
 
@@ -248,9 +250,28 @@ class PromptBatch:
         for start in _starts(len(self), size):
             yield self[start : start + size]
 
+    @checked
+    def show(self, evaluation: Any = None, *, n: int = PROMPTS_SHOWN) -> ShownPrompts:
+        """The first `n` prompts as text, with what is named in them and their roles in colour.
+
+        Args:
+            evaluation: what `evaluate` says of these prompts, to show probabilities too.
+            n: how many prompts.
+
+        Raises:
+            InputError: if the evaluation is of more or fewer prompts.
+        """
+        return ShownPrompts("PromptBatch", {"prompt": self}, _answers(self), evaluation, n)
+
+    def __repr__(self) -> str:
+        return repr(self.show(n=PROMPTS_PRINTED))
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
 
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairBatch:
     """Clean and corrupt prompts, pair by pair, and the token scored on the clean run.
 
@@ -312,6 +333,35 @@ class PairBatch:
         """The pairs in order, at most `size` at a time."""
         for start in _starts(len(self), size):
             yield self[start : start + size]
+
+    @checked
+    def show(self, evaluation: Any = None, *, n: int = PROMPTS_SHOWN) -> ShownPrompts:
+        """The first `n` pairs as text, side by side, with the answer, what is scored and its foil.
+
+        Args:
+            evaluation: what `evaluate` says of the clean prompts, to show probabilities too.
+            n: how many pairs.
+
+        Raises:
+            InputError: if the evaluation is of more or fewer prompts.
+        """
+        words = _answers(self.clean)
+        if not torch.equal(self.targets, self.clean.answers):
+            words["target"] = self.targets
+        if self.foils is not None:
+            words["foil"] = self.foils
+        texts = {"clean": self.clean, "corrupt": self.corrupt}
+        return ShownPrompts("PairBatch", texts, words, evaluation, n)
+
+    def __repr__(self) -> str:
+        return repr(self.show(n=PROMPTS_PRINTED))
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
+
+def _answers(prompts: PromptBatch) -> dict[str, Tensor]:
+    return {"answer": prompts.answers} if bool((prompts.answers >= 0).any()) else {}
 
 
 def _indices(name: str, given: Tensor) -> Tensor:
