@@ -35,8 +35,8 @@ def described(value: Any) -> str:
         return str(value)
     if isinstance(value, str):
         return f"the text {value if len(value) <= _TEXT_SHOWN else value[:_TEXT_SHOWN] + '…'!r}"
-    if isinstance(value, int | float) and type(value) in (int, float):
-        return f"the number {value!r:.40}"
+    if isinstance(value, int | float):
+        return f"the number {value!s:.40}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     kind = type(value).__name__

@@ -327,7 +327,7 @@ class Circuit:
         return cls(tuple(_read_group(path, name, entry) for name, entry in content.items()))
 
 
-def heads_by_position(heads: "Circuit | HeadsAt | None") -> dict[str, tuple[Head, ...]]:
+def heads_by_position(heads: Any) -> dict[str, tuple[Head, ...]]:
     """The heads to edit at each named position, from a circuit or a plain mapping."""
     if heads is None:
         return {}

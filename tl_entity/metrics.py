@@ -4,6 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -170,6 +171,10 @@ def _of_function(function: "Callable[..., Tensor]") -> Metric:
     return Metric(getattr(function, "__name__", "own metric"), value)
 
 
-reads(
-    Metric, lambda given: as_metric(given) if isinstance(given, str) or callable(given) else given
-)
+def _read_metric(given: Any) -> Any:
+    if isinstance(given, str):
+        return as_metric(given)
+    return _of_function(given) if callable(given) else given
+
+
+reads(Metric, _read_metric)

@@ -124,7 +124,7 @@ def marked_prompts(
     texts = _listed(texts)
     answers = [None] * len(texts) if answers is None else _listed(answers)
     _check_counts(texts=texts, answers=answers)
-    how = {"knowing": _listed(knowing), "space": space}
+    how: dict[str, Any] = {"knowing": _listed(knowing), "space": space}
     marked = [read_marks(text, word, **how) for text, word in zip(texts, answers, strict=True)]
     _check_knowing(marked)
     return tokenize_marked(marked, tokenizer)
@@ -169,7 +169,7 @@ def marked_pairs(
         **{"clean prompts": clean, "corrupt prompts": corrupt, "answers": answers},
         **{"targets": targets} | ({} if foils is None else {"foils": foils}),
     )
-    how = {"knowing": _listed(knowing), "space": space}
+    how: dict[str, Any] = {"knowing": _listed(knowing), "space": space}
     texts = [read_marks(text, word, **how) for text, word in zip(clean, answers, strict=True)]
     others = [read_marks(text, **how) for text in corrupt]
     if texts and others and texts[0].names != others[0].names:

@@ -58,17 +58,16 @@ def _drawer(tokenizer: PreTrainedTokenizerBase, words: Words) -> Callable[[Rando
         )
 
     def draw(random: Random) -> TextPair:
-        a, b, *others = random.sample(names, 5)
-        form, (place,), (thing,) = (
-            random.choice(list(some)) for some in (_FORMS, words["place"], words["thing"])
-        )
+        a, b, x, y, z = random.sample(names, 5)
+        form = random.choice(_FORMS)
+        (place,), (thing,) = (random.choice(list(words[some])) for some in ("place", "thing"))
         second_answers = random.random() < 0.5
         answer, foil = (b, a) if second_answers else (a, b)
         roles = ("subject", "indirect_object")
         roles = roles if second_answers else (roles[1], roles[0])
         return TextPair(
             clean=text(form, a, b, foil, roles, place=place, thing=thing),
-            corrupt=text(form, *others, roles, place=place, thing=thing),
+            corrupt=text(form, x, y, z, roles, place=place, thing=thing),
             answer=answer,
             foil=foil,
         )
