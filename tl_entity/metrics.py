@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -174,7 +174,7 @@ def _of_function(function: "Callable[..., Tensor]") -> Metric:
 def _read_metric(given: Any) -> Any:
     if isinstance(given, str):
         return as_metric(given)
-    return _of_function(given) if callable(given) else given
+    return _of_function(cast(Any, given)) if callable(given) else given
 
 
 reads(Metric, _read_metric)
