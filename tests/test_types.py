@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import tl_entity
+import tl_entity.hooks as hooks
 from tests.random_models import random_model, random_pairs
 from tests.with_roles import role_pairs
 from tl_entity import (
@@ -37,17 +38,25 @@ from tl_entity.metrics import LOG_PROBABILITY, TARGET_LOGIT, Metric, as_metric
 MODEL = random_model()
 PAIRS = random_pairs()
 
-FUNCTIONS = [
-    name
-    for name in tl_entity.__all__
-    if inspect.isfunction(getattr(tl_entity, name)) and name not in ("zero_ablation",)
-]
+UNCHECKED = (
+    # Nothing is required, or a model twice, which the test gives it.
+    *("zero_ablation", "check_same_architecture"),
+    # Called for every layer of every run, or entered as a context.
+    *("hook_point", "kv_head", "n_kv_heads", "must_fire", "separate_kv_heads"),
+)
+
+FUNCTIONS = {
+    name: getattr(room, name)
+    for room, names in ((tl_entity, tl_entity.__all__), (hooks, hooks.__all__))
+    for name in names
+    if inspect.isfunction(getattr(room, name)) and name not in UNCHECKED
+}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("given", [MODEL, PAIRS, object(), [3.5] * 5000, torch.zeros(99, 99)])
 def test_every_function_tells_a_wrong_type_in_a_sentence(name, given) -> None:
-    function = getattr(tl_entity, name)
+    function = FUNCTIONS[name]
     required = {
         key: given
         for key, parameter in inspect.signature(function).parameters.items()
@@ -183,9 +192,13 @@ def test_a_function_of_logits_is_a_metric() -> None:
     found = path_patch(MODEL, PAIRS, metric=of_target)
     torch.testing.assert_close(found.scores, path_patch(MODEL, PAIRS, metric=TARGET_LOGIT).scores)
     assert found.metric == "of_target"
-    plain = path_patch(MODEL, PAIRS, metric=lambda logits: logits[..., 7], engine="hooks")
+    plain = path_patch(MODEL, PAIRS, metric=lambda logits, k=7: logits[..., k], engine="hooks")
     exact = path_patch(MODEL, PAIRS, metric=lambda logits: logits[..., 7])
     torch.testing.assert_close(plain.scores, exact.scores)
+    with pytest.raises(InputError, match="'metric' must be a Metric, not a HookedTransformer"):
+        path_patch(MODEL, PAIRS, metric=MODEL)
+    with pytest.raises(InputError, match="the number 3 is no metric"):
+        as_metric(3)
     with pytest.raises(InputError, match="No metric is called 'loss'; they are relative"):
         path_patch(MODEL, PAIRS, metric="loss")
 

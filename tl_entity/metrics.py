@@ -4,14 +4,15 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_entity._typing import checked, reads
-from tl_entity.errors import InputError
+from tl_entity._words import described
+from tl_entity.errors import ArgumentError, InputError
 from tl_entity.tasks.batches import PairBatch
 
 MOST_LOG_CHANGE = 64.0
@@ -151,30 +152,36 @@ def as_metric(given: "Metric | str | Callable[..., Tensor]") -> Metric:
     and pairs.
 
     Raises:
-        InputError: if no metric has the name.
+        InputError: if no metric has the name, or it is neither of these.
     """
-    if isinstance(given, Metric):
-        return given
-    if not isinstance(given, str):
+    metric = _read_metric(given)
+    if not isinstance(metric, Metric):
+        raise ArgumentError(f"{described(given)} is no metric; give its name or a Metric.")
+    return metric
+
+
+def _read_metric(given: Any) -> Any:
+    if callable(given) and not isinstance(given, torch.nn.Module):
         return _of_function(given)
+    if not isinstance(given, str):
+        return given
     name = given.strip().lower().replace("_", " ").replace("-", " ")
     if name not in METRICS:
         raise InputError(f"No metric is called {given!r}; they are {', '.join(METRICS)}.")
     return METRICS[name]
 
 
-def _of_function(function: "Callable[..., Tensor]") -> Metric:
+def _of_function(function: Callable[..., Any]) -> Metric:
     def of_logits(logits: Tensor, pairs: PairBatch) -> Tensor:
         return function(logits)
 
-    value = function if len(inspect.signature(function).parameters) > 1 else of_logits
+    needed = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+    ]
+    value = function if len(needed) > 1 else of_logits
     return Metric(getattr(function, "__name__", "own metric"), value)
-
-
-def _read_metric(given: Any) -> Any:
-    if isinstance(given, str):
-        return as_metric(given)
-    return _of_function(cast(Any, given)) if callable(given) else given
 
 
 reads(Metric, _read_metric)
