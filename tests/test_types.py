@@ -90,8 +90,8 @@ def test_every_function_tells_a_wrong_type_in_a_sentence(name, given) -> None:
         ),
         (
             lambda: path_patch(MODEL, PAIRS, receivers=[3, 4.0]),
-            "path_patch: 'receivers' must be a list of Head, or None, not a list of 2 (int, "
-            "float).",
+            "path_patch: 'receivers' must be a list of Head (like L10H3 or (10, 3)), or None, not "
+            "a list of 2 (int, float).",
         ),
         (
             lambda: PromptBatch(PAIRS.clean.tokens, PAIRS.clean.answers[:2]),
@@ -100,8 +100,8 @@ def test_every_function_tells_a_wrong_type_in_a_sentence(name, given) -> None:
         ),
         (
             lambda: evaluate(MODEL, PAIRS.clean, keep=[(0, 1)], ablation=zero_ablation()),
-            "evaluate: 'keep' must be a Circuit, a dict from texts to list of Head, or None, not a "
-            "list of 1 (tuple).",
+            "evaluate: 'keep' must be a Circuit, a dict from texts to list of Head (like L10H3 or "
+            "(10, 3)), or None, not a list of 1 (tuple).",
         ),
     ],
 )
@@ -121,7 +121,9 @@ def test_values_and_types_in_words() -> None:
     assert described({"a": 1}) == "a dict of 1 (str)" and described(()) == "a tuple of 0"
     assert wanted(Mapping[str, int] | None) == "a dict from texts to whole numbers, or None"
     assert wanted(Literal["a"]) == "'a'" and wanted(Callable[[int], str]) == "a function"
-    assert wanted(Sequence[Sequence[Head]]) == "a list of list of Head"
+    assert wanted(Sequence[Sequence[Node]]) == (
+        "a list of list of Node (like L10H3@label or MLP10@label)"
+    )
     assert wanted(Int[Tensor, "batch pos"]) == "a tensor of whole numbers, [batch pos]"
 
 
@@ -195,7 +197,9 @@ def test_a_function_of_logits_is_a_metric() -> None:
     plain = path_patch(MODEL, PAIRS, metric=lambda logits, k=7: logits[..., k], engine="hooks")
     exact = path_patch(MODEL, PAIRS, metric=lambda logits: logits[..., 7])
     torch.testing.assert_close(plain.scores, exact.scores)
-    with pytest.raises(InputError, match="'metric' must be a Metric, not a HookedTransformer"):
+    with pytest.raises(
+        InputError, match=r"'metric' must be a Metric .or its name, .*, not a Hooked"
+    ):
         path_patch(MODEL, PAIRS, metric=MODEL)
     with pytest.raises(InputError, match="the number 3 is no metric"):
         as_metric(3)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
-from tl_entity._words import described, wanted
+from tl_entity._words import WRITTEN, described, wanted
 from tl_entity.errors import ArgumentError
 
 Checked = TypeVar("Checked")
@@ -23,14 +23,16 @@ _ARGUMENT = re.compile(r"typechecking parameter '(\w+)'")
 _SIZES = re.compile(r"axis annotation are as follows\.\s*\n(.*)")
 
 
-def reads(kind: type, reader: Callable[[Any], Any]) -> None:
+def reads(kind: type, reader: Callable[[Any], Any], written: str) -> None:
     """Let every checked function take what `reader` understands where it wants a `kind`.
 
     Args:
         kind: a type that annotations name, also inside of sequences and mappings.
         reader: from what was given to a `kind`, or to the very thing that it can't read.
+        written: how a person may write one, for messages.
     """
     _READERS[kind] = reader
+    WRITTEN[kind] = written
 
 
 def checked(thing: Checked) -> Checked:

@@ -1,6 +1,7 @@
 """What a value is, and what an annotation wants, in a few words."""
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -15,7 +16,10 @@ _NUMBERS = {
     "Shaped": "numbers",
 }
 
-_PLAIN = {
+WRITTEN: dict[type, str] = {}
+"""How a person may write a thing of a type, where that is more than the type itself."""
+
+_PLAIN: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
@@ -87,7 +91,10 @@ def wanted(annotation: Any) -> str:
                 "a tuple" if origin is tuple else "a set" if issubclass(origin, set) else "a list"
             )
             return f"{name} of {_many(inside[0])}"
-    return _article(getattr(annotation, "__name__", str(annotation)))
+    written = WRITTEN.get(annotation) if isinstance(annotation, type) else None
+    return _article(getattr(annotation, "__name__", str(annotation))) + (
+        f" ({written})" if written else ""
+    )
 
 
 def _many(annotation: Any) -> str:
@@ -105,7 +112,7 @@ def _either(choices: list[str]) -> str:
     choices = list(dict.fromkeys(choices))
     if len(choices) == 1:
         return choices[0]
-    comma = "," if any(" of " in choice or " from " in choice for choice in choices) else ""
+    comma = "," if any(re.search(r" of | from |\(", choice) for choice in choices) else ""
     return f"{', '.join(choices[:-1])}{comma} or {choices[-1]}"
 
 

@@ -137,8 +137,8 @@ def _is_index(given: Any) -> bool:
     return hasattr(given, "__index__") and not isinstance(given, bool)
 
 
-reads(Head, _read_head)
-reads(Node, _read_node)
+reads(Head, _read_head, "like L10H3 or (10, 3)")
+reads(Node, _read_node, "like L10H3@label or MLP10@label")
 
 
 class Group(NamedTuple):

@@ -184,4 +184,4 @@ def _of_function(function: Callable[..., Any]) -> Metric:
     return Metric(getattr(function, "__name__", "own metric"), value)
 
 
-reads(Metric, _read_metric)
+reads(Metric, _read_metric, "or its name, or a function of logits")
