@@ -228,7 +228,11 @@ def test_texts_of_unequal_length_are_padded_and_masked():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a [[x|b]] [[x|c]]", "'x' is given twice"),
+        ("a [[x|b [[y|c]]]] d", "'y' stands inside 'x'"),
+        ("a [[x|b [[y|c]] d", "brackets of another form"),
+        ("a [[x|]] d", "brackets of another form"),
+        ("a [[x|b|c]] d", "brackets of another form"),
+        ("a [[x.first|b]] d", "'x.first' is made of other marks"),
         ("a [[last|b]]", "always the final token"),
         ("a [[x| b]]", "without spaces"),
         ("a [[x]] b", "brackets of another form"),
@@ -242,8 +246,12 @@ def test_marks_of_another_form_are_refused(text, says):
 
 
 def test_words_of_several_tokens_and_unequal_names_are_refused():
-    with pytest.raises(InputError, match=r"'cup is' \(x\).*not one token"):
-        marked_prompts(words(), ["the [[x|cup is]] in"])
+    with pytest.raises(InputError, match=r"'cup zebra' \(x\).*not one token.*<unk>"):
+        marked_prompts(words(), ["the [[x|cup zebra]] in"])
+    with pytest.raises(InputError, match=r"'cu' \(x\).*not one token or several whole ones.*'cup'"):
+        marked_prompts(words(), ["the [[x|cu]]p in"])
+    with pytest.raises(InputError, match=r"'x' stands for 2 tokens of prompt 0.*x\.first or x"):
+        marked_prompts(words(), ["the [[x|cup is]] in"]).position("x")
     with pytest.raises(InputError, match="answer 'is in'"):
         marked_prompts(words(), ["the [[x|cup]]"], ["is in"])
     with pytest.raises(InputError, match="The clean prompts name x, the corrupt ones y"):

@@ -83,6 +83,10 @@ if TYPE_CHECKING:
     from tl_entity.tasks.own import marked_pairs as marked_pairs
     from tl_entity.tasks.own import marked_prompts as marked_prompts
     from tl_entity.tasks.pairs import discovery_pairs as discovery_pairs
+    from tl_entity.tasks.shipped.draw import TASKS as TASKS
+    from tl_entity.tasks.shipped.draw import task_pairs as task_pairs
+    from tl_entity.tasks.shipped.draw import task_prompts as task_prompts
+    from tl_entity.tasks.shipped.draw import task_words as task_words
 
 __version__ = "0.1.0"
 
@@ -156,6 +160,10 @@ _HOME = {
     "resample_ablation": "methods.ablations",
     "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",
+    "task_pairs": "tasks.shipped.draw",
+    "task_prompts": "tasks.shipped.draw",
+    "task_words": "tasks.shipped.draw",
+    "TASKS": "tasks.shipped.draw",
     "Unit": "methods.weight_units",
     "weight_shares": "methods.weight_shares",
     "WeightShares": "methods.weight_shares",

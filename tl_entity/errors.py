@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+class ArgumentError(InputError, TypeError):
+    """An argument is of another type than it must be: the message says which, what it is, and what
+    is wanted."""

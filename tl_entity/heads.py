@@ -5,15 +5,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tl_entity.errors import InputError
+from tl_entity._typing import reads
+from tl_entity._words import described
+from tl_entity.errors import ArgumentError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-HeadsAt = Mapping[str, "Sequence[Head]"]
-"""Heads by the named position they are edited at, e.g. `{"last": [Head(2, 0)]}`."""
 
 ENTITY_TRACKING_POSITIONS: dict[str, str] = {
     "value_fetcher": "last",
@@ -49,6 +48,10 @@ class Head(NamedTuple):
         return cls(int(match[1]), int(match[2]))
 
 
+HeadsAt = Mapping[str, Sequence[Head]]
+"""Heads by the named position they are edited at, e.g. `{"last": [Head(2, 0)]}`."""
+
+
 class Node(NamedTuple):
     """A head, or a layer's MLP, at all tokens of a role; written `L10H3@label` or `MLP10@label`.
 
@@ -82,6 +85,60 @@ class Node(NamedTuple):
             )
         layer = match[1] if match[3] is None else match[3]
         return cls(int(layer), None if match[2] is None else int(match[2]), match[4])
+
+
+def as_head(given: "Head | tuple[int, int] | str") -> Head:
+    """A head from what people write for one: a `Head`, `(10, 3)` or `"L10H3"`.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    head = _read_head(given)
+    if not isinstance(head, Head):
+        raise ArgumentError(f"{described(given)} is no head; write it like L10H3 or (10, 3).")
+    return head
+
+
+def as_node(given: "Node | tuple[int, int | None, str] | str") -> Node:
+    """A node from a `Node`, `(10, 3, "label")` or `"L10H3@label"`.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    node = _read_node(given)
+    if not isinstance(node, Node):
+        raise ArgumentError(
+            f"{described(given)} is no node; write it like L10H3@label or MLP10@label."
+        )
+    return node
+
+
+def _read_head(given: Any) -> Any:
+    if isinstance(given, str):
+        return Head.parse(given)
+    if isinstance(given, tuple | list) and not isinstance(given, Node) and len(given) == 2:
+        layer, head = given
+        if _is_index(layer) and _is_index(head):
+            return given if isinstance(given, Head) else Head(int(layer), int(head))
+    return given
+
+
+def _read_node(given: Any) -> Any:
+    if isinstance(given, str):
+        return Node.parse(given)
+    if isinstance(given, tuple | list) and len(given) == 3:
+        layer, head, role = given
+        if _is_index(layer) and (head is None or _is_index(head)) and isinstance(role, str):
+            return given if isinstance(given, Node) else Node(layer, head, role)
+    return given
+
+
+def _is_index(given: Any) -> bool:
+    return hasattr(given, "__index__") and not isinstance(given, bool)
+
+
+reads(Head, _read_head, "like L10H3 or (10, 3)")
+reads(Node, _read_node, "like L10H3@label or MLP10@label")
 
 
 class Group(NamedTuple):
@@ -136,7 +193,7 @@ class Circuit:
             )
         return cls(
             tuple(
-                Group(name, position, tuple(Head(*head) for head in heads.get(name, ())))
+                Group(name, position, _as_heads(heads.get(name, ())))
                 for name, position in ENTITY_TRACKING_POSITIONS.items()
             )
         )
@@ -211,7 +268,7 @@ class Circuit:
         Raises:
             InputError: if there is no such group, or it does not have such a head.
         """
-        wanted = {name: {Head(*head) for head in some} for name, some in heads.items()}
+        wanted = {name: set(_as_heads(some)) for name, some in heads.items()}
         for name, some in wanted.items():
             if name not in self.sizes:
                 raise InputError(f"The circuit has no group {name!r} to cut down.")
@@ -270,13 +327,27 @@ class Circuit:
         return cls(tuple(_read_group(path, name, entry) for name, entry in content.items()))
 
 
-def heads_by_position(heads: "Circuit | HeadsAt | None") -> dict[str, tuple[Head, ...]]:
+def heads_by_position(heads: Any) -> dict[str, tuple[Head, ...]]:
     """The heads to edit at each named position, from a circuit or a plain mapping."""
     if heads is None:
         return {}
     if isinstance(heads, Circuit):
         return heads.heads_at()
-    return {position: tuple(Head(*head) for head in at) for position, at in heads.items()}
+    if not isinstance(heads, Mapping):
+        raise ArgumentError(
+            f"{described(heads)} can't be taken for heads at named positions; write them like "
+            '{"last": ["L10H3"]}, or give a Circuit.'
+        )
+    return {position: _as_heads(at) for position, at in heads.items()}
+
+
+def _as_heads(given: Any) -> tuple[Head, ...]:
+    """Heads from a list of them, or from one."""
+    if isinstance(given, str) or isinstance(_read_head(given), Head):
+        return (as_head(given),)
+    if not isinstance(given, Iterable):
+        raise ArgumentError(f"{described(given)} is no list of heads; write it like ['L10H3'].")
+    return tuple(as_head(head) for head in given)
 
 
 def without(

@@ -1,15 +1,18 @@
 """What is read off the logits at the answer position: the one definition of each score."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_entity._typing import checked
-from tl_entity.errors import InputError
+from tl_entity._typing import checked, reads
+from tl_entity._words import described
+from tl_entity.errors import ArgumentError, InputError
 from tl_entity.tasks.batches import PairBatch
 
 MOST_LOG_CHANGE = 64.0
@@ -136,3 +139,49 @@ LOGIT_DIFFERENCE = Metric("logit difference", _target_minus_foil, tokens=_target
 
 TARGET_LOGIT = Metric("target logit", _first, tokens=_target_only)
 """Change of the target's logit."""
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (RELATIVE_PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT)
+}
+"""The metrics by name; wherever a metric is wanted, its name will do."""
+
+
+def as_metric(given: "Metric | str | Callable[..., Tensor]") -> Metric:
+    """A metric from its name, or from a function of logits `[*senders batch d_vocab]`, or of logits
+    and pairs.
+
+    Raises:
+        InputError: if no metric has the name, or it is neither of these.
+    """
+    metric = _read_metric(given)
+    if not isinstance(metric, Metric):
+        raise ArgumentError(f"{described(given)} is no metric; give its name or a Metric.")
+    return metric
+
+
+def _read_metric(given: Any) -> Any:
+    if callable(given) and not isinstance(given, torch.nn.Module):
+        return _of_function(given)
+    if not isinstance(given, str):
+        return given
+    name = given.strip().lower().replace("_", " ").replace("-", " ")
+    if name not in METRICS:
+        raise InputError(f"No metric is called {given!r}; they are {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
+def _of_function(function: Callable[..., Any]) -> Metric:
+    def of_logits(logits: Tensor, pairs: PairBatch) -> Tensor:
+        return function(logits)
+
+    needed = [
+        parameter
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+    ]
+    value = function if len(needed) > 1 else of_logits
+    return Metric(getattr(function, "__name__", "own metric"), value)
+
+
+reads(Metric, _read_metric, "or its name, or a function of logits")

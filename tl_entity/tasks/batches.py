@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.tasks.shown import PROMPTS_PRINTED, PROMPTS_SHOWN, ShownPrompts
 
 ANSWER_POSITION = "last"
 """The named position whose logits are scored."""
@@ -16,9 +19,12 @@ ANSWER_POSITION = "last"
 NO_ROLE = -1
 """The role of padding."""
 
+FIRST, LAST = ".first", ".last"
+"""What is put after a name to say the first or the last of its tokens."""
+
 
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PromptBatch:
     """Prompts as tokens, with their answers, named positions and roles.
 
@@ -26,6 +32,9 @@ class PromptBatch:
     the label of a segment, whichever segment; every token has one. A position or role that depends
     on what is asked, such as the label of the segment asked about, knows the answer: heads kept
     there are told where to look.
+
+    A name may also stand for several tokens, such as those of `very old keys`: they are a role, or,
+    where they overlap with roles, a span.
 
     Attributes:
         tokens: token ids; shorter prompts are padded.
@@ -37,13 +46,15 @@ class PromptBatch:
         roles: index of each token's role in `role_names`, -1 at padding; None if no roles are
             known.
         role_names: names of the roles, the same for all prompts.
-        knowing: names of the positions and roles that depend on what is asked.
+        knowing: names of the positions, roles and spans that depend on what is asked.
+        spans: for each name its tokens, any number of them in each prompt.
+        tokenizer: the one that made the tokens, to show them as text.
 
     Raises:
-        InputError: if `"last"` is missing, a position falls outside its prompt, a mask has holes,
-            a token follows `"last"`, tokens, answers or positions are no whole numbers, a token has
-            no role or padding has one, two roles share a name, or a position and a role of one name
-            are different tokens.
+        InputError: if `"last"` is missing, a position or span falls outside its prompt, a mask has
+            holes, a token follows `"last"`, tokens, answers or positions are no whole numbers, a
+            token has no role or padding has one, two roles share a name, or a position, role or
+            span of one name are different tokens.
     """
 
     # Of any type here, and told in a sentence below if it is none of whole numbers.
@@ -54,6 +65,8 @@ class PromptBatch:
     roles: Int[Tensor, "batch pos"] | None = None
     role_names: tuple[str, ...] = ()
     knowing: tuple[str, ...] = ()
+    spans: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _set(self, tokens=_indices("tokens", self.tokens))
@@ -88,6 +101,7 @@ class PromptBatch:
         if bool((mask.cpu() & after_last).any()):
             raise InputError(f"A prompt has tokens after its position {ANSWER_POSITION!r}.")
         self._check_roles()
+        self._check_spans()
 
     def _check_roles(self) -> None:
         if self.roles is None:
@@ -110,6 +124,18 @@ class PromptBatch:
                     f"{name!r} names a position and a role, and they are not the same tokens."
                 )
 
+    def _check_spans(self) -> None:
+        for name, where in self.spans.items():
+            if where.shape != self.tokens.shape or bool((where & ~self.mask).any()):
+                raise InputError(f"The span {name!r} has tokens that are not of its prompt.")
+            others = [self._at_position(name)] if name in self.positions else []
+            others += [self._at_role(name)] if name in self.role_names else []
+            if not all(torch.equal(where, other) for other in others):
+                raise InputError(
+                    f"{name!r} names a span and a position or role, and they are not the same "
+                    "tokens."
+                )
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
@@ -122,32 +148,43 @@ class PromptBatch:
 
     @checked
     def position(self, name: str) -> Int[Tensor, " batch"]:
-        """The token index that `name` has in each prompt.
+        """The token index that `name` has in each prompt: that of a named position, or of a role or
+        span of one token.
 
         Raises:
-            InputError: if the batch has no such position.
+            InputError: if the batch has no such name, or it stands for several tokens of a prompt
+                or for none.
         """
-        if name not in self.positions:
+        if name in self.positions:
+            return self.positions[name]
+        where = self._named(name)
+        if where is None:
+            raise InputError(f"The prompts have no position {name!r}; they have {self._there()}.")
+        counts = where.sum(1)
+        if not bool((counts == 1).all()):
+            row = int((counts != 1).nonzero()[0])
+            ends = [name + end for end in (FIRST, LAST) if name + end in self.positions]
+            take = f"; take {' or '.join(ends)}" if ends else ""
             raise InputError(
-                f"The prompts have no position {name!r}; they have {', '.join(self.positions)}."
+                f"{name!r} stands for {int(counts[row])} tokens of prompt {row}, not one, so it is "
+                f"no position{take}."
             )
-        return self.positions[name]
+        return where.int().argmax(1)
 
     @checked
     def where(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """The tokens that a name stands for: the one at a named position, or all of a role.
+        """The tokens that a name stands for: the one at a named position, or all of a role or span.
 
         Raises:
-            InputError: if the batch has neither.
+            InputError: if the batch has no such name.
         """
-        if name in self.positions:
-            return self._at_position(name)
-        if name in self.role_names:
-            return self._at_role(name)
-        roles = f"; its roles are {', '.join(self.role_names)}" if self.role_names else ""
-        raise InputError(
-            f"The prompts have no position {name!r}; they have {', '.join(self.positions)}{roles}."
-        )
+        where = self._named(name)
+        if where is None:
+            roles = f"; its roles are {', '.join(self.role_names)}" if self.role_names else ""
+            raise InputError(
+                f"The prompts have no position {name!r}; they have {self._there()}{roles}."
+            )
+        return where
 
     @checked
     def first_token(self, name: str) -> Int[Tensor, " batch"]:
@@ -161,6 +198,20 @@ class PromptBatch:
             return self.positions[name]
         where = self.where(name)
         return torch.where(where.any(1), where.int().argmax(1), self.positions[ANSWER_POSITION] + 1)
+
+    def _named(self, name: str) -> Tensor | None:
+        if name in self.positions:
+            return self._at_position(name)
+        if name in self.spans:
+            return self.spans[name]
+        if name in self.role_names:
+            return self._at_role(name)
+        # A mark that is one token in all prompts is its own first and last.
+        stem = name.removesuffix(FIRST).removesuffix(LAST)
+        return self._at_position(stem) if stem in self.positions else None
+
+    def _there(self) -> str:
+        return ", ".join([*self.positions, *self.spans])
 
     def _at_position(self, name: str) -> Tensor:
         tokens = torch.arange(self.tokens.shape[1], device=self.tokens.device)
@@ -179,6 +230,7 @@ class PromptBatch:
             positions={name: indices[rows] for name, indices in self.positions.items()},
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
             roles=None if self.roles is None else self.roles[rows],
+            spans={name: where[rows] for name, where in self.spans.items()},
         )
 
     def to(self, device: str | torch.device) -> "PromptBatch":
@@ -190,6 +242,7 @@ class PromptBatch:
             positions={name: indices.to(device) for name, indices in self.positions.items()},
             attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
             roles=None if self.roles is None else self.roles.to(device),
+            spans={name: where.to(device) for name, where in self.spans.items()},
         )
 
     def chunks(self, size: int) -> Iterator["PromptBatch"]:
@@ -197,9 +250,28 @@ class PromptBatch:
         for start in _starts(len(self), size):
             yield self[start : start + size]
 
+    @checked
+    def show(self, evaluation: Any = None, *, n: int = PROMPTS_SHOWN) -> ShownPrompts:
+        """The first `n` prompts as text, with what is named in them and their roles in colour.
+
+        Args:
+            evaluation: what `evaluate` says of these prompts, to show probabilities too.
+            n: how many prompts.
+
+        Raises:
+            InputError: if the evaluation is of more or fewer prompts.
+        """
+        return ShownPrompts("PromptBatch", {"prompt": self}, _answers(self), evaluation, n)
+
+    def __repr__(self) -> str:
+        return repr(self.show(n=PROMPTS_PRINTED))
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
 
 @checked
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairBatch:
     """Clean and corrupt prompts, pair by pair, and the token scored on the clean run.
 
@@ -261,6 +333,35 @@ class PairBatch:
         """The pairs in order, at most `size` at a time."""
         for start in _starts(len(self), size):
             yield self[start : start + size]
+
+    @checked
+    def show(self, evaluation: Any = None, *, n: int = PROMPTS_SHOWN) -> ShownPrompts:
+        """The first `n` pairs as text, side by side, with the answer, what is scored and its foil.
+
+        Args:
+            evaluation: what `evaluate` says of the clean prompts, to show probabilities too.
+            n: how many pairs.
+
+        Raises:
+            InputError: if the evaluation is of more or fewer prompts.
+        """
+        words = _answers(self.clean)
+        if not torch.equal(self.targets, self.clean.answers):
+            words["target"] = self.targets
+        if self.foils is not None:
+            words["foil"] = self.foils
+        texts = {"clean": self.clean, "corrupt": self.corrupt}
+        return ShownPrompts("PairBatch", texts, words, evaluation, n)
+
+    def __repr__(self) -> str:
+        return repr(self.show(n=PROMPTS_PRINTED))
+
+    def _repr_html_(self) -> str:
+        return self.show()._repr_html_()  # pyright: ignore[reportPrivateUsage]
+
+
+def _answers(prompts: PromptBatch) -> dict[str, Tensor]:
+    return {"answer": prompts.answers} if bool((prompts.answers >= 0).any()) else {}
 
 
 def _indices(name: str, given: Tensor) -> Tensor:
