@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import RECORDED, SUFFIX, piece
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import (
     add_mlp,
@@ -52,6 +53,7 @@ class AblatedRun:
     resid_post: Float[Tensor, "batch d_model"]
 
     @classmethod
+    @piece(RECORDED)
     @checked
     @torch.no_grad()
     def record(
@@ -119,6 +121,14 @@ class AblatedRun:
                 resid[order[some]] = final
         return resid
 
+    @piece(
+        SUFFIX,
+        alike=lambda self, tokens, kept: (
+            tokens.index.shape,
+            self.prompts.tokens.shape,
+            tuple(tuple((at, tuple(heads)) for at, heads in some.items()) for some in kept),
+        ),
+    )
     def _recompute(
         self, tokens: "_Tokens", kept: Sequence[Mapping[str, Sequence[Head]]]
     ) -> Float[Tensor, "circuit batch d_model"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import RECORDED, given, piece
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.points import FINAL_NORMALIZED
@@ -80,6 +81,20 @@ def answer_logits(
         return _forward(model, prompts, watched)[:, 0]
 
 
+def _recorded_alike(
+    model: Model,
+    prompts: PromptBatch,
+    points: Mapping[str, str | slice | None],
+    *,
+    hooks: Sequence[tuple[str, HookFunction]] = (),
+) -> object:
+    if hooks:
+        return None
+    where = [(name, str(at) if isinstance(at, slice) else type(at)) for name, at in points.items()]
+    return prompts.tokens.shape, prompts.attention_mask is None, tuple(where)
+
+
+@piece(RECORDED, alike=_recorded_alike)
 @checked
 def record(
     model: Model,
@@ -146,8 +161,8 @@ def _forward(
     # that pad on the left.
     mask = prompts.mask.long()
     return model.run_with_hooks(
-        prompts.tokens,
-        attention_mask=mask,
+        given(prompts.tokens),
+        attention_mask=given(mask),
         fwd_hooks=[*hooks],
         return_type="logits",
         stop_at_layer=stop_at_layer,
