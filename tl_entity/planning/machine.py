@@ -37,8 +37,14 @@ LONGEST_PRODUCT = 0.01
 MOST_WEIGHTS = {"cpu": 2**22, "cuda": 2**26}
 """Numbers in a timed product's second matrix, at most, by kind of device."""
 
+FEW_ROWS = 32
+"""With fewer rows a product is as slow as its weights come from memory."""
+
 LARGEST = {"cpu": 2**26, "cuda": 2**30}
 """Bytes that a timed operation may touch, by kind of device: larger ones are no faster."""
+
+OTHER_MEMORY = 2**24
+"""Bytes written between two repetitions of a timed operation: more than a core's cache holds."""
 
 SMALL = 2**13
 """An operation that moves no more bytes costs what its call costs."""
@@ -212,6 +218,8 @@ def _time_product(
     """Operations a second of a product like this one, of at most about `longest` operations."""
     batch, rows, inner, columns = product
     most = MOST_WEIGHTS.get(device.type, MOST_WEIGHTS["cpu"])
+    if rows < FEW_ROWS:
+        most *= 8  # what takes long then is to fetch the weights
     if inner * columns > most:
         columns = max(min(columns, 512), most // inner)
     if longest > 1:
@@ -355,24 +363,21 @@ def _tiny_model(device: torch.device, dtype: torch.dtype) -> HookedTransformer:
     return model
 
 
-def _typical(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of some repetitions, each of several calls where one is too short to be timed,
-    after a first that may set things up."""
+def _typical(work: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
+    """Median seconds of some repetitions, after a first that may set things up.
+
+    Between them other memory is written: a run never makes the same operation twice in a row, and
+    finds its numbers where the operations before have left them.
+    """
+    other = torch.zeros(OTHER_MEMORY // 4, device=device)
     work()
-    start = _now(device)
-    work()
-    calls = max(1, min(200, int(1e-3 / max(1e-6, _now(device) - start))))
     times = []
-    for _ in range(3):
+    for _ in range(repetitions):
+        other.add_(1)
         start = _now(device)
-        _repeat(work, calls)
-        times.append((_now(device) - start) / calls)
-    return max(1e-9, statistics.median(times))
-
-
-def _repeat(work: Callable[[], object], times: int) -> None:
-    for _ in itertools.repeat(None, times):
         work()
+        times.append(_now(device) - start)
+    return max(1e-9, statistics.median(times))
 
 
 def _now(device: torch.device) -> float:
