@@ -33,8 +33,7 @@ def are_finite(tensors: Sequence[Tensor]) -> bool:
     # can overflow, so what is not finite by its sum is looked at once more.
     if not there:
         return True
-    place = next((tensor.device for tensor in there if tensor.is_meta), there[0].device)
-    sums = torch.stack([tensor.sum().double().to(place) for tensor in there])
+    sums = in_one_place([tensor.sum().double() for tensor in there])
     return is_true(sums.isfinite().all()) or all(map(_is_bounded, there))
 
 
@@ -52,6 +51,13 @@ def check_finite(name: str, tensor: Tensor, advice: str) -> None:
     if not are_finite([tensor]):
         wrong = ~tensor.detach().isfinite()
         raise NotFiniteError(f"{name} is not finite: {places(tensor, wrong)}; {advice}.")
+
+
+def in_one_place(numbers: Sequence[Tensor]) -> Tensor:
+    """Single numbers of several devices as one vector: on the meta device if one of them is there,
+    from which nothing can be taken."""
+    place = next((number.device for number in numbers if number.is_meta), numbers[0].device)
+    return torch.stack([number.to(place) for number in numbers])
 
 
 def is_true(found: Tensor) -> bool:

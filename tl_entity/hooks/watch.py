@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_entity._model import Model
-from tl_entity.finite import NotFiniteError, are_finite, is_true, places
+from tl_entity.finite import NotFiniteError, are_finite, in_one_place, is_true, places
 from tl_entity.hooks.points import FINAL_NORMALIZED, hook_point
 
 STEPS = (
@@ -117,8 +117,7 @@ def scores_are_finite(largest: list[Tensor]) -> bool:
     which is NaN where one of them is."""
     if not largest:
         return True
-    together = torch.stack([one.to(largest[0].device) for one in largest])
-    return is_true((together < float("inf")).all())
+    return is_true((in_one_place(largest) < float("inf")).all())
 
 
 class ScoreWatch:
