@@ -34,10 +34,10 @@ from transformer_lens import HookedTransformer
 
 from tl_entity import PairBatch
 from tl_entity.errors import InputError
-from tl_entity.exact.machine import calibrate
 from tl_entity.exact.memory import memory_budget
 from tl_entity.exact.precision import float32_matmul_precision
-from tl_entity.methods.plan import spread_heads
+from tl_entity.planning.machine import calibrate
+from tl_entity.planning.plan import spread_heads
 
 
 @dataclass(frozen=True)
@@ -153,14 +153,14 @@ def benchmark_model(name: str, options: argparse.Namespace) -> Iterator[dict[str
         both = set_up()
         if options.exact_only:
             both = replace(both, hooks=None, plain=None)
-        count = both.job.count(model.cfg, both.pairs, memory)
+        count = both.job.count(model, both.pairs, memory)
         # Matrix products are timed beside the job that makes them: the machine's speed drifts.
         tally = count.tally
         where = {"device": model.cfg.device, "dtype": model.cfg.dtype}
         before = calibrate([tally], **where)
         row = time_job(job, both, clock, options.repetitions)
         after = before if options.quick else calibrate([tally], **where)
-        operations = sum(tally.operations.values())
+        operations = tally.total_operations
         alone = min(before.product_seconds(tally), after.product_seconds(tally))
         row = replace(
             row,
@@ -313,9 +313,9 @@ def growth(options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             for stage, both in stages.items():
                 both.exact()
                 seconds = min(clock.timed(both.exact)[0] for _ in range(options.repetitions))
-                count = both.job.count(model.cfg, pairs, memory_budget(model.cfg.device))
+                count = both.job.count(model, pairs, memory_budget(model.cfg.device))
                 point[f"{stage}, seconds"] = seconds
-                point[f"{stage}, gflop"] = sum(count.tally.operations.values()) / 1e9
+                point[f"{stage}, gflop"] = count.tally.total_operations / 1e9
             found[what].append(point)
         _note(f"growth with {what}: done")
     return found

@@ -11,16 +11,9 @@ from typing import Any, TypeVar
 import torch
 from engine_models import RANDOM, noisy_copy, prompts_of
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformer
 
 from tl_entity import Head, PairBatch, mean_head_outputs, path_patch
-from tl_entity.exact.counts import (
-    CircuitEvaluation,
-    Job,
-    PathPatching,
-    cross_model_patching,
-    mask_steps,
-)
 from tl_entity.exact.memory import memory_budget
 from tl_entity.heads import Circuit, HeadsAt
 from tl_entity.hooks.edits import Hook, freeze_heads, patch_heads
@@ -31,9 +24,16 @@ from tl_entity.methods.circuits import BATCH_SIZE, evaluate_circuits
 from tl_entity.methods.cmap import cmap_each
 from tl_entity.methods.masked_forward import MaskedForward
 from tl_entity.methods.path_patching import path_patch_mlps
-from tl_entity.methods.plan import entity_tracking_jobs, spread_heads
 from tl_entity.metrics import RELATIVE_PROBABILITY, log_probability
 from tl_entity.models.registry import planted_circuit
+from tl_entity.planning.jobs import (
+    CircuitEvaluation,
+    Job,
+    PathPatching,
+    cross_model_patching,
+    mask_steps,
+)
+from tl_entity.planning.plan import entity_tracking_jobs, spread_heads
 from tl_entity.study.settings import Settings, resolve_sizes
 from tl_entity.tasks.batches import PromptBatch
 
@@ -168,7 +168,7 @@ def path_patching(
     reaching = [Head(layer, head) for layer in range(top) for head in range(n)]
     job = PathPatching(position, receivers, receiver_input, senders)
     chosen = reaching
-    count = job.count(cfg, pairs, memory_budget(cfg.device))
+    count = job.count(model, pairs, memory_budget(cfg.device))
     if count.hooks_operations > WHOLE_ON_HOOKS and len(reaching) > HOOKS_AT_MOST:
         step = len(reaching) / HOOKS_AT_MOST
         chosen = [reaching[int((i + 0.5) * step)] for i in range(HOOKS_AT_MOST)]
@@ -288,12 +288,12 @@ class StepAlone(Job):
 
     steps: Any
 
-    def count(self, cfg: HookedTransformerConfig, pairs: PairBatch, memory: int) -> Any:
-        one, two = (replace(self.steps, times=times).count(cfg, pairs, memory) for times in (1, 2))
-        two.tally.products.subtract(one.tally.products)
-        two.tally.calls.subtract(one.tally.calls)
-        two.tally.moved -= one.tally.moved
-        return two
+    def run(self, model: HookedTransformer, pairs: PairBatch, memory: int | None) -> object:
+        return self.steps.run(model, pairs, memory)
+
+    def count(self, like: Any, pairs: PairBatch, memory: int) -> Any:
+        one, two = (replace(self.steps, epochs=n).count(like, pairs, memory) for n in (1, 2))
+        return two._replace(tally=two.tally - one.tally)
 
 
 def circuits(

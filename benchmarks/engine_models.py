@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_entity import PairBatch, discovery_pairs, load_model
-from tl_entity.methods.plan import box_layout
+from tl_entity.planning.plan import box_layout
 
 RANDOM: dict[str, dict[str, int]] = {
     "random-256": {"n_layers": 8, "d_model": 256, "n_heads": 8, "n_kv_heads": 8, "d_mlp": 704},

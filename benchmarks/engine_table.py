@@ -8,10 +8,8 @@ from typing import Any
 from engine_models import RANDOM, llama_config
 
 from tl_entity.errors import InputError
-from tl_entity.exact.counts import (
-    PathPatching,
-)
-from tl_entity.methods.plan import box_layout, entity_tracking_jobs, plan
+from tl_entity.planning.jobs import PathPatching
+from tl_entity.planning.plan import box_layout, entity_tracking_jobs, plan
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parent.parent / "docs" / "benchmarks.md"

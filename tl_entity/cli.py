@@ -601,7 +601,7 @@ def _plan(options: argparse.Namespace) -> None:
     _quieten()
     import json
 
-    from tl_entity.methods.plan import (
+    from tl_entity.planning.plan import (
         box_layout,
         entity_tracking_jobs,
         plan,

@@ -24,14 +24,17 @@ class NotFiniteError(InputError):
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all numbers of all tensors are finite. A GPU is waited for once, not for each."""
-    there = [tensor.detach() for tensor in tensors if tensor.numel() and _holds_floats(tensor)]
-    if not there:
-        return True
+    """Whether all numbers of all tensors are finite. A GPU is waited for once, not for each.
+
+    Tensors of the meta device have no numbers that could be anything else.
+    """
+    there = [tensor.detach() for tensor in tensors if tensor.numel() and tensor.is_floating_point()]
     # A sum is the cheapest pass. It is finite only if all its terms are; that of finite numbers
     # can overflow, so what is not finite by its sum is looked at once more.
-    sums = torch.stack([tensor.sum().double().to(there[0].device) for tensor in there])
-    return bool(sums.isfinite().all()) or all(map(_is_bounded, there))
+    if not there:
+        return True
+    sums = in_one_place([tensor.sum().double() for tensor in there])
+    return is_true(sums.isfinite().all()) or all(map(_is_bounded, there))
 
 
 def check_finite(name: str, tensor: Tensor, advice: str) -> None:
@@ -50,6 +53,18 @@ def check_finite(name: str, tensor: Tensor, advice: str) -> None:
         raise NotFiniteError(f"{name} is not finite: {places(tensor, wrong)}; {advice}.")
 
 
+def in_one_place(numbers: Sequence[Tensor]) -> Tensor:
+    """Single numbers of several devices as one vector: on the meta device if one of them is there,
+    from which nothing can be taken."""
+    place = next((number.device for number in numbers if number.is_meta), numbers[0].device)
+    return torch.stack([number.to(place) for number in numbers])
+
+
+def is_true(found: Tensor) -> bool:
+    """What a check of numbers came to; one on the meta device, where there are none, is passed."""
+    return found.is_meta or bool(found)
+
+
 def places(tensor: Tensor, wrong: Tensor) -> str:
     """How many numbers are wrong, and which is the first."""
     index = wrong.nonzero()[0].tolist()
@@ -59,8 +74,4 @@ def places(tensor: Tensor, wrong: Tensor) -> str:
 
 def _is_bounded(tensor: Tensor) -> bool:
     # The least and the largest of some numbers are NaN if one of them is.
-    return all(bool(bound.isfinite()) for bound in tensor.aminmax())
-
-
-def _holds_floats(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta
+    return all(is_true(bound.isfinite()) for bound in tensor.aminmax())

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import RECORDED, SUFFIX, piece
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import (
     add_mlp,
@@ -56,6 +57,7 @@ class AblatedRun:
     resid_post: Float[Tensor, "batch d_model"]
 
     @classmethod
+    @piece(RECORDED)
     @checked
     @torch.no_grad()
     def record(
@@ -141,6 +143,15 @@ class AblatedRun:
                     resid[order[some]] = final
         return resid
 
+    @piece(
+        SUFFIX,
+        alike=lambda self, tokens, kept: (
+            tokens.index.shape,
+            self.prompts.tokens.shape,
+            self.outputs.shape,
+            tuple(some.sizes for some in kept),
+        ),
+    )
     def _recompute(
         self, tokens: "_Tokens", kept: Sequence["_Kept"]
     ) -> Float[Tensor, "circuit batch d_model"]:
@@ -309,6 +320,12 @@ class _Kept:
     def highest(self) -> int:
         """The last layer with a head of it."""
         return max(head.layer for some in self.heads.values() for head in some)
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What it costs depends on no more."""
+        both = (self.heads, self.removed)
+        return tuple(tuple((at, tuple(heads)) for at, heads in some.items()) for some in both)
 
     def in_layer(self, layer: int) -> set[int]:
         """Its heads in a layer."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from tl_entity._model import Model
+from tl_entity._pieces import ATTENTION, LOGITS, piece
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import block_bytes
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
@@ -94,21 +95,27 @@ def add_mlp(
 ) -> Float[Tensor, "*rows d_model"]:
     """`resid_post` of `resid_mid` rows. Where no gradient is wanted, the rows are changed in place
     if their memory allows it."""
-    block = model.blocks[layer]
     see("resid_mid", layer, resid)
     if torch.is_grad_enabled():
+        block = model.blocks[layer]
         post = resid + block.mlp(block.ln2(resid.flatten(0, -2)[None])).view(resid.shape)
         see("resid_post", layer, post)
         return post
     resid = resid.contiguous()
     flat = resid.view(-1, resid.shape[-1])
     for rows in row_slices(len(flat), 1, mlp_rows_together(model.cfg)):
-        mid = flat[rows]
-        mid += block.mlp(block.ln2(mid[None]))[0]
+        _add_mlp_in_place(model, layer, flat[rows])
     see("resid_post", layer, resid)
     return resid
 
 
+@piece(alike=lambda model, layer, mid: mid.shape)
+def _add_mlp_in_place(model: Model, layer: int, mid: Float[Tensor, "rows d_model"]) -> None:
+    block = model.blocks[layer]
+    mid += block.mlp(block.ln2(mid[None]))[0]
+
+
+@piece(LOGITS)
 def unembed(
     model: Model,
     resid: Float[Tensor, "*rows d_model"],
@@ -125,6 +132,7 @@ def unembed(
     return logits.unflatten(0, resid.shape[:-1])
 
 
+@piece(LOGITS, alike=lambda model, resid: resid.shape)
 @torch.no_grad()
 def log_normalizer(model: Model, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
     """Natural logarithm of the sum of exponentiated logits over the vocabulary, from the final
@@ -138,15 +146,18 @@ def log_normalizer(model: Model, resid: Float[Tensor, "*rows d_model"]) -> Float
     by_token, bias = model.unembed.W_U.T, model.unembed.b_U
     n_rows = 2 * ROWS_TOGETHER
     block = max(1, block_bytes(model.cfg.device) // (n_rows * (torch.finfo(wide).bits // 8)))
-    found = []
-    for rows in row_slices(len(normalized), 1, n_rows):
-        some = normalized[rows]
+
+    @piece(alike=lambda some: (model.cfg.d_vocab_out, some.shape))
+    def of_rows(some: Tensor) -> Tensor:
         parts = []
         for tokens in row_slices(len(by_token), 1, block):
             logits = F.linear(some, by_token[tokens], bias[tokens]).to(wide)
             largest = logits.amax(-1, keepdim=True)
             parts.append(logits.sub_(largest).exp_().sum(-1).log_() + largest[:, 0])
-        found.append(torch.stack(parts).logsumexp(0))
+        return torch.stack(parts).logsumexp(0)
+
+    slices = row_slices(len(normalized), 1, n_rows)
+    found = [of_rows(normalized[rows]) for rows in slices]
     return torch.cat(found).unflatten(0, resid.shape[:-1])
 
 
@@ -204,6 +215,7 @@ def rotate(
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
+@piece(ATTENTION)
 def attend(
     q: Float[Tensor, "variant batch query head d_head"],
     shared: tuple[Float[Tensor, "batch key kv_head d_head"], Tensor],

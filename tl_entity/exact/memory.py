@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,9 @@ from tl_entity.ranks import SomeRows
 
 GIB = 2**30
 
+STANDS_FOR: ContextVar[str] = ContextVar("STANDS_FOR", default="cpu")
+"""The device that the meta device stands for, where a run is planned: chunks are of its sizes."""
+
 
 @checked
 def memory_budget(device: str | torch.device | None) -> int:
@@ -22,7 +26,7 @@ def memory_budget(device: str | torch.device | None) -> int:
     Of all its memory, not of what is free: the size of a chunk decides how sums are rounded, and
     the same command should give the same bytes whatever else the machine does.
     """
-    device = torch.device(device or "cpu")
+    device = _real(device)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4
     try:
@@ -44,7 +48,12 @@ def prompts_within(cfg: Any, n_pos: int, memory: int) -> int:
 def block_bytes(device: str | torch.device | None) -> int:
     """Bytes of intermediate results at which a chain of operations runs fastest on this device:
     what a processor's cache holds, or what keeps all of a GPU busy."""
-    return 8 * 2**20 if torch.device(device or "cpu").type == "cpu" else 256 * 2**20
+    return 8 * 2**20 if _real(device).type == "cpu" else 256 * 2**20
+
+
+def _real(device: str | torch.device | None) -> torch.device:
+    device = torch.device(device or "cpu")
+    return torch.device(STANDS_FOR.get()) if device.type == "meta" else device
 
 
 Found = TypeVar("Found")

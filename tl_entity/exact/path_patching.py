@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import CHAIN, RECORDED, SUFFIX, Alike, piece
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import (
     add_mlp,
@@ -97,6 +98,16 @@ def patched_values(
     top = model.cfg.n_layers if receivers is None else max(by_layer, default=0)
     n_senders = model.cfg.n_heads if senders == "heads" else 1
 
+    def alike(chunk: PairBatch) -> object:
+        at, last = (chunk.clean.position(name) for name in (position, ANSWER_POSITION))
+        shapes = chunk.clean.tokens.shape, chunk.corrupt.tokens.shape
+        masks = chunk.clean.attention_mask is None, chunk.corrupt.attention_mask is None
+        windows = tuple(sorted(zip((last - at).tolist(), at.tolist(), strict=True)))
+        patched = (receiver_input, tuple((r, len(heads)) for r, heads in by_layer.items()))
+        family = shapes, masks, senders, patched, receivers is None, metric, memory
+        return Alike((windows, family), family, sum(length for length, _ in windows))
+
+    @piece(alike=alike)
     def compute(chunk: PairBatch) -> tuple[Tensor, Tensor]:
         reached_from = top if receivers or any_at_answer(chunk, position) else 0
         runs = _Runs.record(model, chunk, position, senders, by_layer, reached_from, metric)
@@ -150,6 +161,7 @@ class _Runs:
     top: int
 
     @classmethod
+    @piece(RECORDED)
     def record(
         cls,
         model: Model,
@@ -211,6 +223,7 @@ class _Runs:
         return self.deltas[0].shape[1] if self.senders == "heads" else 1
 
 
+@piece(CHAIN)
 def _through_mlps(model: Model, runs: _Runs) -> Float[Tensor, "senders batch"]:
     """The metric when the senders' changes reach the logits."""
     *_, (_, rows) = _held_pass(model, runs)
@@ -247,6 +260,7 @@ def _held_pass(
     yield runs.top, rows
 
 
+@piece(CHAIN)
 def _through_receivers(
     model: Model,
     runs: _Runs,
@@ -304,35 +318,72 @@ class _Suffix:
     receiver_input: HeadInput
     inputs: dict[int, Float[Tensor, "senders member receivers d_head"]]
 
+    def starts(self, senders: range) -> tuple[int, ...]:
+        """The first receiver layer above its own is where a sender's change begins."""
+        n = self.runs.per_layer
+        first = {
+            layer: min(r for r in self.receivers if r > layer)
+            for layer in range(senders.start // n, (senders.stop - 1) // n + 1)
+        }
+        return tuple(first[sender // n] for sender in senders)
+
+    @piece(
+        SUFFIX,
+        alike=lambda self, senders: (
+            self.window.sizes,
+            self.starts(senders),
+            self.receiver_input,
+            tuple((layer, len(heads)) for layer, heads in self.receivers.items()),
+        ),
+    )
     def run(self, senders: range) -> Float[Tensor, "sender member d_model"]:
         """The final residual stream at the answer's token, for neighbouring senders."""
         cfg = self.model.cfg
-        # The first receiver layer above its own is where a sender's change begins.
-        starts = [
-            min(r for r in self.receivers if r > sender // self.runs.per_layer)
-            for sender in senders
-        ]
+        starts = self.starts(senders)
         rows = self.runs.deltas[0].new_empty(len(starts), *self.window.tokens.shape, cfg.d_model)
         for layer in range(starts[0], cfg.n_layers):
             begun = sum(start < layer for start in starts)
             now = sum(start <= layer for start in starts)
             rows = rows.to(device_of(self.model, layer))
-            queries = ANSWER_TOKEN if layer == cfg.n_layers - 1 else EVERY_TOKEN
-            if begun:
-                from_here = slice(senders.start, senders.start + begun)
-                rows[:begun, :, queries] += self.window.attention_output(
-                    self.model,
-                    layer,
-                    rows[:begun],
-                    self.runs.keys_and_values(layer),
-                    edits=self._overwrite(layer, from_here, queries),
-                    queries=queries,
-                )
-            if now > begun:
-                from_here = slice(senders.start + begun, senders.start + now)
-                rows[begun:now, :, queries] = self._first_changed(layer, from_here, queries)
-            rows[:now, :, queries] = add_mlp(self.model, layer, rows[:now, :, queries])
+            self._pass(layer, rows, slice(senders.start, senders.start + begun), now - begun)
         return rows[:, :, -1]
+
+    @piece(
+        alike=lambda self, layer, rows, begun, fresh: (
+            self.window.sizes,
+            rows.shape,
+            begun.stop - begun.start,
+            fresh,
+            self.receiver_input,
+            len(self.receivers.get(layer, ())),
+            layer == self.model.cfg.n_layers - 1,
+        )
+    )
+    def _pass(
+        self,
+        layer: int,
+        rows: Float[Tensor, "sender member window d_model"],
+        begun: slice,
+        fresh: int,
+    ) -> None:
+        """Take the rows through a layer, in place: of the senders whose change began below it, and
+        of those after them, so many, whose change begins here."""
+        old = begun.stop - begun.start
+        now = old + fresh
+        queries = ANSWER_TOKEN if layer == self.model.cfg.n_layers - 1 else EVERY_TOKEN
+        if old:
+            rows[:old, :, queries] += self.window.attention_output(
+                self.model,
+                layer,
+                rows[:old],
+                self.runs.keys_and_values(layer),
+                edits=self._overwrite(layer, begun, queries),
+                queries=queries,
+            )
+        if fresh:
+            here = slice(begun.stop, begun.stop + fresh)
+            rows[old:now, :, queries] = self._first_changed(layer, here, queries)
+        rows[:now, :, queries] = add_mlp(self.model, layer, rows[:now, :, queries])
 
     def _overwrite(self, layer: int, senders: slice, queries: slice) -> dict[str, WindowEdit]:
         """What gives the receivers of a layer their input, at the first token of the window."""
@@ -387,6 +438,7 @@ class _Suffix:
         return resid_mid
 
 
+@piece(alike=lambda model, resid, pairs, metric: (resid.shape, metric))
 def metric_values(
     model: Model,
     resid: Float[Tensor, "senders batch d_model"],

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import SUFFIX, piece
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import (
@@ -230,32 +231,54 @@ class CleanRun:
         lowest = min(layers, default=self.model.cfg.n_layers)
         return _Plan(max((b for b in self.begins if b <= lowest), default=lowest), layers)
 
+    @piece(
+        SUFFIX,
+        alike=lambda self, window, plans: (window.sizes, tuple(plan.sizes for plan in plans)),
+    )
     def _recompute(
         self, window: Window, plans: Sequence["_Plan"]
     ) -> Float[Tensor, "variant member d_model"]:
         """The final residual stream at the answer's token; plans in order of where they begin."""
-        n_layers = self.model.cfg.n_layers
         rows = None
-        for layer in range(plans[0].begin, n_layers):
+        for layer in range(plans[0].begin, self.model.cfg.n_layers):
             device = device_of(self.model, layer)
             rows = None if rows is None else rows.to(device)
-            here = [_within(plan.layers.get(layer, {}), window) for plan in plans]
-            begun = sum(plan.begin < layer for plan in plans)
             now = sum(plan.begin <= layer for plan in plans)
-            last = layer == n_layers - 1
-            # The keys and values of other tokens still count in the last layer, nothing else.
-            touches_queries = any(QUERY_POINTS & set(edits) for edits in here[:now])
-            queries = ANSWER_TOKEN if last and not touches_queries else EVERY_TOKEN
-            parts = []
-            if rows is not None:
-                attn_out = self._attention(window, layer, rows, here[:begun], queries)
-                parts.append(rows[:, :, queries] + attn_out)
-            if now > begun:
-                parts.append(self._first_mid(window, layer, here[begun:now], queries))
-            mid = parts[0] if len(parts) == 1 else torch.cat(parts)
-            rows = add_mlp(self.model, layer, mid[:, :, ANSWER_TOKEN] if last else mid)
+            here = [plan.layers.get(layer, {}) for plan in plans[:now]]
+            rows = self._pass(window, layer, rows, here)
         assert rows is not None
         return rows[:, :, -1]
+
+    @piece(
+        alike=lambda self, window, layer, rows, here: (
+            window.sizes,
+            None if rows is None else (rows.shape, rows.is_contiguous()),
+            tuple(map(_sizes, here)),
+            layer == self.model.cfg.n_layers - 1,
+        )
+    )
+    def _pass(
+        self,
+        window: Window,
+        layer: int,
+        rows: Float[Tensor, "begun member window d_model"] | None,
+        here: Sequence[LayerEdits],
+    ) -> Float[Tensor, "variant member query d_model"]:
+        """Take the rows through a layer; variants after those that have rows begin here."""
+        here = [_within(edits, window) for edits in here]
+        begun = 0 if rows is None else len(rows)
+        last = layer == self.model.cfg.n_layers - 1
+        # The keys and values of other tokens still count in the last layer, nothing else.
+        touches_queries = any(QUERY_POINTS & set(edits) for edits in here)
+        queries = ANSWER_TOKEN if last and not touches_queries else EVERY_TOKEN
+        parts = []
+        if rows is not None:
+            attn_out = self._attention(window, layer, rows, here[:begun], queries)
+            parts.append(rows[:, :, queries] + attn_out)
+        if len(here) > begun:
+            parts.append(self._first_mid(window, layer, here[begun:], queries))
+        mid = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return add_mlp(self.model, layer, mid[:, :, ANSWER_TOKEN] if last else mid)
 
     def _first_mid(
         self, window: Window, layer: int, here: Sequence[LayerEdits], queries: slice
@@ -351,6 +374,19 @@ class _Plan:
 
     begin: int
     layers: Mapping[int, LayerEdits]
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What it costs depends on where the edits are, and on their kinds and sizes."""
+        return self.begin, tuple((layer, _sizes(at)) for layer, at in self.layers.items())
+
+
+def _sizes(edits: LayerEdits) -> tuple[object, ...]:
+    return tuple(
+        (point, type(edit), *(v.shape for v in vars(edit).values() if isinstance(v, Tensor)))
+        for point, some in edits.items()
+        for edit in some
+    )
 
 
 def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

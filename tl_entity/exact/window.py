@@ -71,6 +71,12 @@ class Window:
         """Tokens in the window of each prompt."""
         return self.tokens.shape[1]
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Prompts, tokens of each, and tokens ahead: what it costs depends on no more."""
+        members, length = self.tokens.shape
+        return members, length, self.before.shape[1]
+
     def to(self, device: torch.device) -> "Window":
         """The same window, its indices on a device."""
         if self.tokens.device == device:

@@ -57,6 +57,8 @@ def check_same_architecture(one: Model, other: Model) -> None:
     Raises:
         InputError: naming the first thing that differs.
     """
+    if one is other:
+        return
     for setting in SHARED_SETTINGS:
         ours, theirs = getattr(one.cfg, setting), getattr(other.cfg, setting)
         # With the norms' weights folded into what reads them ("RMSPre"), activations are the same.

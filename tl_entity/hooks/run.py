@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import RECORDED, given, piece
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.guard import guarded
@@ -98,6 +99,20 @@ def answer_logits(
         return _forward(model, prompts, watched, lambda logits: {"logits": logits})[:, 0]
 
 
+def _recorded_alike(
+    model: Model,
+    prompts: PromptBatch,
+    points: Mapping[str, str | slice | None],
+    *,
+    hooks: Sequence[tuple[str, HookFunction]] = (),
+) -> object:
+    if hooks:
+        return None
+    where = [(name, str(at) if isinstance(at, slice) else type(at)) for name, at in points.items()]
+    return prompts.tokens.shape, prompts.attention_mask is None, tuple(where)
+
+
+@piece(RECORDED, alike=_recorded_alike)
 @checked
 def record(
     model: Model,
@@ -175,14 +190,14 @@ def _forward(
             f"The prompts have up to {length} tokens, and the model takes {model.cfg.n_ctx}."
         )
     check_readable(model, prompts)
-    tokens = readable(model, prompts)
+    tokens, mask = readable(model, prompts), prompts.mask.long()
 
     def run(watching: Sequence[tuple[Any, HookFunction]]) -> Tensor:
         return model.run_with_hooks(
-            tokens,
+            given(tokens),
             # Given always: without one, TransformerLens guesses a mask from the pad token of
             # tokenizers that pad on the left.
-            attention_mask=prompts.mask.long(),
+            attention_mask=given(mask),
             fwd_hooks=[*hooks, *watching],
             return_type="logits",
             stop_at_layer=stop_at_layer,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tl_entity._model import Model
-from tl_entity.finite import NotFiniteError, are_finite, places
+from tl_entity.finite import NotFiniteError, are_finite, in_one_place, is_true, places
 from tl_entity.hooks.points import FINAL_NORMALIZED, hook_point
 
 STEPS = (
@@ -115,11 +115,9 @@ def points_are_finite(activations: Mapping[str, Tensor]) -> bool:
 def scores_are_finite(largest: list[Tensor]) -> bool:
     """Whether all attention scores are finite or minus infinity, given the largest of each layer,
     which is NaN where one of them is."""
-    there = [one for one in largest if not one.is_meta]
-    if not there:
+    if not largest:
         return True
-    together = torch.stack([one.to(there[0].device) for one in there])
-    return bool((together < float("inf")).all())
+    return is_true((in_one_place(largest) < float("inf")).all())
 
 
 class ScoreWatch:

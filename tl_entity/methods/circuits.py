@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
+from tl_entity._pieces import Alike, piece
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.ablation import AblatedRun
@@ -395,6 +396,17 @@ def evaluate_each(
     memory = memory_budget(model.cfg.device) if memory is None else memory
     size = min(batch_size, prompts_within(model.cfg, tokens.shape[1], memory))
 
+    this = object()
+
+    def alike(chunk: AnsweredRows) -> Alike:
+        both = [chunk] if isinstance(chunk, PromptBatch) else [chunk.clean, chunk.corrupt]
+        family = this, *((some.tokens.shape, some.attention_mask is None) for some in both)
+        columns = [index.tolist() for some in both for index in some.positions.values()]
+        places = sorted(zip(*columns, strict=True))
+        # The earlier an edit is, the more tokens come after it.
+        return Alike((family, tuple(places)), family, -sum(map(sum, places)))
+
+    @piece(alike=alike)
     def compute(chunk: AnsweredRows) -> tuple[Tensor, Tensor]:
         wanted = chunk.answers if isinstance(chunk, PromptBatch) else chunk.targets
         chosen: list[Tensor] = []

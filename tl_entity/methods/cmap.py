@@ -152,7 +152,7 @@ def cmap_each(
         readable = replace(chunk, tokens=chunk.tokens * chunk.mask)
         source = readable.to(tuned.cfg.device or "cpu")
         seen = record(tuned, source, points) if points else {}
-        cache = {name: activation.to(readable.tokens.device) for name, activation in seen.items()}
+        cache = {name: some.to(base.cfg.device or "cpu") for name, some in seen.items()}
         edits = [_edits(cache, base, readable, heads, patch) for heads, patch in chosen]
         if engine == "hooks" or not points:
             return (answer_logits(base, readable, hooks) for hooks in edits)

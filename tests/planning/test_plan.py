@@ -7,11 +7,11 @@ import torch
 
 from tests.random_models import random_model
 from tests.study.helpers import save_random_model
-from tl_entity import Head
+from tl_entity import Head, load_model
 from tl_entity.cli import main
 from tl_entity.errors import InputError
-from tl_entity.exact.counts import PathPatching
-from tl_entity.methods.plan import (
+from tl_entity.planning.jobs import PathPatching
+from tl_entity.planning.plan import (
     box_layout,
     entity_tracking_jobs,
     n_parameters,
@@ -30,12 +30,13 @@ def folder(tmp_path_factory):
     return save_random_model(tmp_path_factory.mktemp("model"), seed=1)
 
 
-def test_a_configuration_counts_like_its_model():
-    model = random_model(n_layers=4, dtype=torch.float32, n_ctx=64)
+def test_a_configuration_counts_like_its_model(folder):
+    model = load_model(folder, device="cpu")
+    cfg, _ = read_configuration(str(folder), device="cpu")
     pairs = box_layout(5)
-    jobs = entity_tracking_jobs(model.cfg, sizes=SIZES, receivers=RECEIVERS)
+    jobs = entity_tracking_jobs(cfg, sizes=SIZES, receivers=RECEIVERS)
     from_model = plan(model, pairs, jobs, timed=False)
-    from_configuration = plan(model.cfg, pairs, jobs, timed=False)
+    from_configuration = plan(cfg, pairs, jobs, timed=False)
     assert from_model == from_configuration
     assert from_model.seconds is None
     assert [len(job.operations) > 0 for job in from_model.jobs] == [True] * len(jobs)
