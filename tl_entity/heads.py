@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tl_entity.errors import InputError
+from tl_entity.output import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -244,7 +245,7 @@ class Circuit:
 
     def save(self, path: str | Path) -> None:
         """Write the circuit to a JSON file, as `to_json` gives it."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":

@@ -18,6 +18,7 @@ import numpy as np
 
 from tl_entity.errors import InputError
 from tl_entity.heads import Head, Node
+from tl_entity.output import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,10 +82,7 @@ class Result:
         content = _write_fields(self, "", tensors)
         header = {"format": FORMAT, "class": type(self).__name__, "content": content}
         packed = save(tensors, {HEADER: json.dumps(header)})
-        try:
-            Path(path).write_bytes(packed)
-        except OSError as error:
-            raise InputError(f"{path} can't be written: {error.strerror}.") from None
+        write_atomically(path, packed)
 
     @classmethod
     def load(cls: type[SomeResult], path: str | Path) -> SomeResult:
