@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import Float, Float64, Int
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -340,11 +341,15 @@ def test_files_of_another_format_or_with_other_fields_are_refused(tmp_path, resu
     def write(**changes):
         tensors = {name: torch.zeros(2) for name in ("predicted", "answer_log_probability")}
         content = {"predicted": "predicted", "correct": None, "answer_log_probability": 1}
-        header = {"format": FORMAT, "class": "Evaluation", "content": content, **changes}
+        # Files of format 1 have no hash.
+        header = {"format": 1, "class": "Evaluation", "content": content, **changes}
         save_file(tensors, path, {HEADER: json.dumps(header)})
 
     write(format=FORMAT + 1)
     with pytest.raises(InputError, match=f"format {FORMAT + 1}"):
+        Evaluation.load(path)
+    write(format=FORMAT)
+    with pytest.raises(InputError, match="damaged"):
         Evaluation.load(path)
     write(content={"predicted": "predicted"})
     with pytest.raises(InputError, match="whole Evaluation"):
@@ -352,3 +357,67 @@ def test_files_of_another_format_or_with_other_fields_are_refused(tmp_path, resu
     write()
     with pytest.raises(InputError, match="whole Evaluation"):
         Evaluation.load(path)
+
+
+def rewritten(path, change):
+    """The file with a changed header or changed tensors."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[HEADER])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file(tensors, path, {HEADER: json.dumps(header)})
+
+
+CHANGES = {
+    "a number": lambda header, tensors: header["content"].update(value=0.99),
+    "a tensor": lambda header, tensors: tensors["of_model/correct"].logical_not_(),
+    "an emptied record": lambda header, tensors: header.update(content={}),
+    "no record": lambda header, tensors: header.update(content=None),
+    "no tensors": lambda header, tensors: tensors.clear(),
+    "a tensor more": lambda header, tensors: tensors.update(more=torch.ones(1)),
+    "no hash": lambda header, tensors: header.pop("sha256"),
+    "an odd hash": lambda header, tensors: header.update(sha256=5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_result_that_was_changed_is_refused(results, tmp_path, change):
+    path = tmp_path / "result"
+    results["Faithfulness"].save(path)
+    rewritten(path, lambda header, tensors: None)
+    assert same(Faithfulness.load(path), results["Faithfulness"])
+    rewritten(path, change)
+    with pytest.raises(InputError, match="is damaged"):
+        Faithfulness.load(path)
+
+
+@pytest.mark.parametrize("header", ["null", "[]", "5", '"x"', "{", "[" * 100_000, "1" * 10_000])
+def test_a_header_that_is_something_else_is_refused(tmp_path, header):
+    save_file({"x": torch.ones(1)}, tmp_path / "file", {HEADER: header})
+    with pytest.raises(InputError, match="not a result"):
+        Evaluation.load(tmp_path / "file")
+
+
+def test_a_file_cut_short_is_refused(results, tmp_path):
+    path = tmp_path / "result"
+    results["Evaluation"].save(path)
+    whole = path.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match="not a result"):
+            Evaluation.load(path)
+
+
+def test_a_result_as_json_has_plain_values():
+    found = everything().to_json()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["tensor"] == [[1.0, -2.0], ["infinite", pytest.approx(0.1)]]
+    assert found["heads"] == [[0, 1], [10, 3]] and found["by_head"]["L2H0"] == 0.1
+    assert found["nested"] == {"a/b": [{"name": "é", "bounds": [0.1, 0.2]}], "": []}
+    assert found["odd_numbers"] == [None, None] and found["nothing"] is None
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_result_can_be_written_as_json(kind, results):
+    found = results[kind.__name__].to_json()
+    assert found and json.loads(json.dumps(found, allow_nan=False)) == found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tl_entity._typing import reads
 from tl_entity._words import described
 from tl_entity.errors import ArgumentError, InputError
+from tl_entity.output import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -301,7 +302,7 @@ class Circuit:
 
     def save(self, path: str | Path) -> None:
         """Write the circuit to a JSON file, as `to_json` gives it."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_atomically(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":

@@ -2,34 +2,45 @@
 
 A result is a frozen dataclass of tensors, numbers, texts, heads, and further results. `save` writes
 it to a safetensors file: the tensors as they are, everything else as JSON in the file's header.
-Nothing is pickled, and a file is read by the types that the class declares for its fields.
+Nothing is pickled, and a file is read by the types that the class declares for its fields. The
+header holds a hash of all of it, so that a file that was changed is refused.
+
+`to_json` gives what a result says as plain JSON, for other programs.
 """
 
 import dataclasses
+import hashlib
 import html
 import json
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from tl_entity.errors import InputError
-from tl_entity.heads import Head, Node
+from tl_entity.heads import Circuit, Head, Node
+from tl_entity.output import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
-"""Version of the files; raised when files of before can no longer be read."""
+FORMAT = 2
+"""Version of the files. Those of format 1, which have no hash, are still read."""
 
 HEADER = "tl_entity"
 """The entry of a file's header that holds all but the tensors."""
 
 ROWS_SHOWN = 10
 """Rows of a table in a notebook, where nothing else is said."""
+
+INFINITE = "infinite"
+"""Stands for infinity in JSON, which has no number for it."""
+
+Label = Callable[[str], str]
+"""What the names in a result (of groups, positions, information) are called in a figure."""
 
 SomeResult = TypeVar("SomeResult", bound="Result")
 
@@ -69,22 +80,18 @@ class Result:
             + more
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """What the result says, as plain JSON: its fields by name, unless the class says
+        otherwise; what stands for tensors, heads and numbers is said at `plain`."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
     def save(self, path: str | Path) -> None:
         """Write the result to one safetensors file; `load` of the same class reads it back.
 
         Raises:
             InputError: if the file can't be written there.
         """
-        from safetensors.torch import save
-
-        tensors: dict[str, Any] = {}
-        content = _write_fields(self, "", tensors)
-        header = {"format": FORMAT, "class": type(self).__name__, "content": content}
-        packed = save(tensors, {HEADER: json.dumps(header)})
-        try:
-            Path(path).write_bytes(packed)
-        except OSError as error:
-            raise InputError(f"{path} can't be written: {error.strerror}.") from None
+        write_atomically(path, pack(self))
 
     @classmethod
     def load(cls: type[SomeResult], path: str | Path) -> SomeResult:
@@ -94,8 +101,9 @@ class Result:
             InputError: if the file is not there, is no saved result, or is one of another class or
                 of another version of the format.
         """
-        header, tensors = _read_file(Path(path))
-        if header.get("format") != FORMAT:
+        path = Path(path)
+        header = read_header(path)
+        if header.get("format") not in (1, FORMAT):
             raise InputError(
                 f"{path} was saved in format {header.get('format')}; this version of tl_entity "
                 f"reads format {FORMAT}."
@@ -104,17 +112,31 @@ class Result:
             raise InputError(
                 f"{path} holds a result of class {header.get('class')}, not {cls.__name__}."
             )
+        tensors = _read_tensors(path)
+        if header["format"] == FORMAT and header.get("sha256") != _digest(header, tensors):
+            raise InputError(f"{path} is damaged: it is not what tl_entity saved.")
         try:
             return _read(cls, header["content"], tensors)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} does not hold a whole {cls.__name__}: {error}.") from None
 
 
-def _shown(number: float) -> str:
-    return f"{number:.3f}" if math.isfinite(number) else ""
+def pack(result: Result, **notes: Any) -> bytes:
+    """A result as a safetensors file, with further notes in its header."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Any] = {}
+    content = _write_fields(result, "", tensors)
+    header = {"format": FORMAT, "class": type(result).__name__, "content": content, **notes}
+    return save(tensors, {HEADER: json.dumps({**header, "sha256": _digest(header, tensors)})})
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_header(path: Path) -> dict[str, Any]:
+    """All that a saved result's file holds but its tensors.
+
+    Raises:
+        InputError: if there is no file, or it is none that was saved.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -122,9 +144,70 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError):
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{path} is not a result that tl_entity saved.")
+    return header
+
+
+def plain(value: Any) -> Any:
+    """A value as plain JSON: a head as `[layer, head]`, a circuit as its groups, a tensor as nested
+    lists, NaN as null, infinity as "infinite", a further result as its `to_json`."""
+    import torch
+
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else INFINITE if value == math.inf else None
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Result):
+        return value.to_json()
+    if isinstance(value, Circuit):
+        return {group.name: plain(group.heads) for group in value}
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(held) for key, held in value.items()}
+    if isinstance(value, frozenset):
+        value = sorted(value)
+    return [plain(held) for held in value]
+
+
+def read_number(written: float | str | None) -> float:
+    """The number that `plain` wrote; NaN for what became null."""
+    if written is None:
+        return math.nan
+    return math.inf if written == INFINITE else float(written)
+
+
+def _shown(number: float) -> str:
+    return f"{number:.3f}" if math.isfinite(number) else ""
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
         raise InputError(f"{path} is not a result that tl_entity saved.") from None
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """A hash of all that a file holds, but for the hash itself."""
+    import torch
+
+    rest = {name: held for name, held in header.items() if name != "sha256"}
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 # Writing follows the values, reading the declared types; each case below has its twin there.

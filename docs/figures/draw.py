@@ -5,7 +5,6 @@ python docs/figures/draw.py results
 """
 
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -21,7 +20,9 @@ from tl_entity import (
 )
 from tl_entity.plots.render import PngRenderer
 from tl_entity.study.figures import figures_of
+from tl_entity.study.folder import STUDY
 from tl_entity.study.mechanism_figures import mechanism_figures
+from tl_entity.study.results import Study
 
 FROM_RESULTS = {
     "accuracy": "accuracy",
@@ -58,8 +59,8 @@ def attention_and_comparison():
 
 def main(results: Path) -> None:
     """Write all pictures beside this file."""
-    record = json.loads((results / "results.json").read_text(encoding="utf-8"))
-    drawn = {**figures_of(record), **mechanism_figures(record)}
+    study = Study.load(results / STUDY)
+    drawn = {**figures_of(study), **mechanism_figures(study)}
     figures = {name: drawn[source] for name, source in FROM_RESULTS.items()}
     figures |= attention_and_comparison()
     with PngRenderer() as renderer:

@@ -32,7 +32,9 @@ from tl_entity import (
 )
 from tl_entity.methods.activation_patching import carries
 from tl_entity.methods.cmap import cmap_by_group, cmap_each
-from tl_entity.study.information import selected_circuit
+from tl_entity.study.experiment_results import GroupMasks
+from tl_entity.study.folder import STUDY
+from tl_entity.study.results import Study
 from tl_entity.study.store import Outcome, Record, Store, fingerprint, to_json
 from tl_entity.tasks.desiderata import MAIN_DESIDERATA, desideratum_draws
 
@@ -122,7 +124,7 @@ def main() -> None:
                 functools.partial(along, *given),
             )[0]
     for role, model in models.items():
-        masks = found["models"][role]["dcm"]
+        masks = Study.load(options.results / STUDY).models[role].dcm
         content["carries"][role] = store.step(
             f"carries_{role}",
             {**inputs, "masks": fingerprint(masks)},
@@ -245,12 +247,12 @@ def random_transfer(
     return {"entries": entries}, {}
 
 
-def carried(model: HookedTransformer, circuit: Circuit, masks: Record, options: Any) -> Outcome:
+def carried(model: HookedTransformer, circuit: Circuit, masks: GroupMasks, options: Any) -> Outcome:
     """How often the heads that DCM chose bring the target of each kind of information."""
     draws = desideratum_draws(
         model.tokenizer, list(MAIN_DESIDERATA), options.pairs, n_boxes=options.boxes
     )
-    chosen = {kind: selected_circuit(circuit, masks, kind) for kind in draws}
+    chosen = {kind: masks.selected(circuit, kind) for kind in draws}
     found = carries(model, draws, chosen, seeds=[options.seed + 4], batch_size=BATCH)
     entries = [
         {

@@ -44,14 +44,17 @@ def keep(study: Path) -> None:
     """Bring what the page is made of beside it."""
     from PIL import Image
 
+    from tl_entity.results import plain
+    from tl_entity.study.folder import STUDY
+    from tl_entity.study.results import Study
     from tl_entity.study.store import to_json
     from tl_entity.study.verdict import verdict
 
     KEPT.mkdir(exist_ok=True)
     results = study / "results"
     content = _read(results / "results.json")
-    # By the rules of today, which read nothing but these numbers.
-    content["verdict"] = verdict(content)
+    # By the rules of today, which read nothing but these results.
+    content["verdict"] = plain(verdict(Study.load(results / STUDY)))
     for place in (content["settings"], *content["models"].values()):
         for key in ("base", "tuned", "name"):
             if isinstance(place.get(key), str):

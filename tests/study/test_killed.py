@@ -34,7 +34,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(tmp_path, capsys):
             [sys.executable, "-m", "tl_entity", *given, "--out", str(killed)], env=environment
         )
         while process.poll() is None:
-            if len(list((killed / "steps").glob("*.json"))) >= finished:
+            if len(list((killed / "steps").glob("*.safetensors"))) >= finished:
                 process.send_signal(signal.SIGKILL)
                 kills += process.wait() == -signal.SIGKILL
             time.sleep(0.002)

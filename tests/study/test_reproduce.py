@@ -1,14 +1,21 @@
 """The main job on two tiny random models: what it writes, and that it can be interrupted."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 
 from tests.models.test_adapters import adapt
 from tests.study.helpers import N_HEADS, N_LAYERS, save_random_model, save_tiny_model
@@ -21,13 +28,16 @@ from tl_entity.methods.discovery import discover_circuit
 from tl_entity.methods.knockout import knock_out_attention
 from tl_entity.methods.path_patching import path_patch
 from tl_entity.models.load import load_model
-from tl_entity.study import experiments
+from tl_entity.output import sole_worker
+from tl_entity.study import experiments, tables
 from tl_entity.study.figures import figures_of
-from tl_entity.study.information import selected_circuit
+from tl_entity.study.folder import STUDY
 from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.report import command, summary
 from tl_entity.study.reproduce import model_fingerprint, reproduce
+from tl_entity.study.results import Study
 from tl_entity.study.settings import GROUPS, Settings, experiments_for
+from tl_entity.study.store import to_json
 from tl_entity.tasks.boxes import box_prompts
 from tl_entity.tasks.pairs import discovery_pairs
 
@@ -94,6 +104,11 @@ def results(done):
     return json.loads((done[0] / "results.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def study(done):
+    return Study.load(done[0] / STUDY)
+
+
 def contents(folder):
     return {
         path.relative_to(folder): path.read_bytes()
@@ -135,8 +150,8 @@ def test_a_long_stage_is_kept_in_parts(settings, done, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         reproduce(alone, tmp_path, progress=stop_in_second_part)
-    parts = sorted(path.name for path in (tmp_path / "steps").glob("*pos_transmitter*.json"))
-    assert parts == ["base_scores_pos_transmitter_part1.json"]
+    parts = sorted(path.name for path in (tmp_path / "steps").glob("*pos_transmitter*"))
+    assert parts == ["base_scores_pos_transmitter_part1.safetensors"]
     finished = (tmp_path / "steps" / parts[0]).stat().st_mtime_ns
     found = reproduce(alone, tmp_path, progress=Watch())["models"]["base"]["discovery"]
     assert (tmp_path / "steps" / parts[0]).stat().st_mtime_ns == finished
@@ -182,8 +197,26 @@ def test_stages_score_into_the_heads_found_before(settings, results, done):
     assert [list(head) for head in circuit.pos_transmitter] == record["circuit"]["pos_transmitter"]
 
 
-def test_figures_show_the_results(results):
-    figures = figures_of(results)
+def test_what_is_kept_of_a_study_is_what_its_results_are_made_of(study, results):
+    assert json.loads(to_json(study.to_json())) == results
+    # Down to the single prompt and pair, which results.json sums up.
+    found = study.models["base"].faithfulness.asked.circuit
+    assert (
+        found.of_circuit.correct.sum()
+        == results["models"]["base"]["faithfulness"]["circuit"]["correct"]
+    )
+    assert study.models["tuned"].discovery.scores["value_fetcher"].per_example.shape[-1] == 6
+
+
+def test_results_fit_their_schema(done, results):
+    file = resources.files("tl_entity.study").joinpath("results.schema.json")
+    schema = json.loads(file.read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(schema).validate(results)
+
+
+def test_figures_show_the_results(study, results):
+    figures = figures_of(study)
     heatmaps = [t for t in figures["base_heatmaps"].data if t.name == "scores"]
     for trace, group in zip(heatmaps, GROUPS, strict=True):
         assert trace.z.tolist() == results["models"]["base"]["discovery"][group]["scores"]
@@ -340,7 +373,7 @@ class Links(HTMLParser):
                 self.references.append(value)
 
 
-def test_the_report_needs_nothing_but_itself(done, results):
+def test_the_report_needs_nothing_but_itself(done, study):
     page = (done[0] / "report.html").read_text()
     links = Links()
     links.feed(page)
@@ -348,7 +381,7 @@ def test_the_report_needs_nothing_but_itself(done, results):
     inside = [ref for ref in links.references if ref != "data:,"]
     assert inside and all(ref.startswith("#") and ref[1:] in links.ids for ref in inside)
     assert "@import" not in page.split("</style>")[0]
-    figures = {**figures_of(results), **mechanism_figures(results)}
+    figures = {**figures_of(study), **mechanism_figures(study)}
     drawn = {f"figure-{name}" for name in figures if "heatmaps" not in name}
     assert drawn | {f"figure-base-{group}" for group in GROUPS} <= set(links.ids)
 
@@ -547,11 +580,8 @@ def test_several_prices_and_draws_of_a_mask(settings, results, tmp_path):
         )
         assert alone["chosen"] is True
         assert {**runs[0], "chosen": True} == alone
-        heads = selected_circuit(
-            Circuit.entity_tracking(**circuit),
-            found["models"]["base"]["dcm"],
-            kind,
-        )[group]
+        dcm = Study.load(tmp_path / STUDY).models["base"].dcm
+        heads = dcm.selected(Circuit.entity_tracking(**circuit), kind)[group]
         assert [list(head) for head in heads] == chosen["selected"]
     table = pd.read_csv(tmp_path / "tables" / "masks.csv")
     assert len(table) == 4 * table["chosen"].sum() == len(masks)
@@ -570,21 +600,125 @@ def test_a_second_command_in_a_folder_keeps_what_the_first_one_found(settings, t
     reproduce(alone, tmp_path, join=True)
     watch = Watch()
     both = reproduce(replace(alone, only=("knockout",)), tmp_path, progress=watch, join=True)
-    assert both["settings"]["only"] == ("faithfulness", "knockout")
+    assert both["settings"]["only"] == ["faithfulness", "knockout"]
     assert {"faithfulness", "knockout"} <= both["models"]["base"].keys()
     assert watch.seen == ["base: knockout"]
-    other = reproduce(replace(alone, only=("knockout",), seed=4), tmp_path, join=True)
-    assert "faithfulness" not in other["models"]["base"]
+    # What is added later is joined to what is there, and asking for less takes nothing away.
+    before = contents(tmp_path)
+    watch = Watch()
+    reproduce(alone, tmp_path, progress=watch)
+    assert not watch.seen and contents(tmp_path) == before
+
+
+OTHERS = {
+    "seed 3 and not 4": {"seed": 4},
+    "boxes 3 and not 2, prompts 6 and not 7": {"prompts": 7, "boxes": 2},
+    "engine exact and not hooks": {"engine": "hooks"},
+    "sizes 2/2/2/2 and not 2/2/2/3": {"sizes": {**TWO_EACH, "struct_reader": 3}},
+    "sparsities 0.01 and not 0.01,1.0": {"sparsities": (0.01, 1.0)},
+    "memory none and not 1.0": {"memory": 1.0},
+    "a fine-tuned model": {"tuned": None},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_other_settings_are_refused_and_nothing_finished_is_lost(settings, done, request, other):
+    before = contents(done[0])
+    watch = Watch()
+    with pytest.raises(InputError) as refused:
+        reproduce(replace(settings, **other), done[0], progress=watch)
+    said = request.node.callspec.id
+    assert f"holds a study with {said}; give another folder" in str(refused.value)
+    assert not watch.seen and contents(done[0]) == before
+
+
+def test_another_model_in_a_used_folder_is_refused(settings, done, tmp_path):
+    before = contents(done[0])
+    other = save_tiny_model(tmp_path / "third", seed=5)
+    with pytest.raises(InputError, match="holds a study with another base model;"):
+        reproduce(replace(settings, base=str(other)), done[0])
+    assert contents(done[0]) == before
+    # The same model elsewhere is the same study.
+    same = save_tiny_model(tmp_path / "first<b>", seed=1)
+    watch = Watch()
+    reproduce(replace(settings, base=str(same)), done[0], progress=watch)
+    assert not watch.seen
+    reproduce(settings, done[0])
+    assert contents(done[0]) == before
+
+
+def test_other_settings_are_refused_in_a_folder_that_is_not_finished(settings, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(settings, tmp_path, progress=Watch("base: value_fetcher"))
+    before = contents(tmp_path)
+    assert before
+    with pytest.raises(InputError, match="seed 3 and not 4"):
+        reproduce(replace(settings, seed=4), tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["null", "[]", "{", "", '{"settings": 5}', "[" * 100_000])
+def test_damaged_notes_cost_no_finished_step(settings, tmp_path, damage):
+    alone = replace(settings, tuned=None, only=("knockout",), prompts=4, boxes=2)
+    reproduce(alone, tmp_path)
+    before = contents(tmp_path)
+    for name in ("timings.json", "steps/settings.json", "results.json"):
+        (tmp_path / name).write_text(damage)
+    watch = Watch()
+    reproduce(alone, tmp_path, progress=watch)
+    assert not watch.seen and contents(tmp_path) == before
+
+
+def test_no_source_of_the_program_is_part_of_what_a_step_depends_on(settings, tmp_path):
+    """A comment in a table's file, or another way to draw, throws nothing away."""
+    source = Path(tables.__file__)
+    alone = replace(settings, tuned=None, only=("knockout",), prompts=4, boxes=2)
+    reproduce(alone, tmp_path / "out")
+    changed = tmp_path / "changed"
+    shutil.copytree(source.parents[1], changed / "tl_entity")
+    with (changed / "tl_entity" / "study" / "tables.py").open("a") as file:
+        file.write("# a comment\n")
+    again = [sys.executable, "-c", RERUN, str(tmp_path / "out"), alone.base]
+    found = subprocess.run(
+        again,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(changed)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [str(changed / "tl_entity" / "__init__.py"), "[]"]
+
+
+RERUN = """
+import sys
+import tl_entity
+from tl_entity.study.reproduce import reproduce
+from tl_entity.study.settings import GROUPS, Settings
+done = []
+settings = Settings(
+    base=sys.argv[2], tuned=None, prompts=4, boxes=2, sizes=dict.fromkeys(GROUPS, 2),
+    random_circuits=2, mask_pairs=8, draws=1, png=False, all_pairs=True, seed=3,
+    only=("knockout",),
+)
+log = lambda message: done.append(message) if "found finished" not in message else None
+reproduce(settings, sys.argv[1], log=log)
+print(tl_entity.__file__)
+print(done)
+"""
+
+
+def test_a_second_run_in_a_folder_is_told_who_is_at_work(settings, tmp_path):
+    with sole_worker(tmp_path), pytest.raises(InputError, match=f"Process {os.getpid()}, since"):
+        reproduce(settings, tmp_path)
 
 
 def test_the_engine_is_part_of_what_an_outcome_depends_on(settings, tmp_path):
     alone = replace(settings, tuned=None, only=("faithfulness",))
-    exact = reproduce(alone, tmp_path)
+    exact = reproduce(alone, tmp_path / "exact")
     watch = Watch()
-    hooks = reproduce(replace(alone, engine="hooks"), tmp_path, progress=watch)
+    hooks = reproduce(replace(alone, engine="hooks"), tmp_path / "hooks", progress=watch)
     assert "base: faithfulness" in watch.seen
-    for results in (exact, hooks):
-        del results["settings"]
     assert hooks["models"]["base"]["faithfulness"] == exact["models"]["base"]["faithfulness"]
 
 

@@ -7,7 +7,7 @@ then answers with the target tells whether they carry what the two prompts diffe
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tl_entity.hooks.run import answer_logits, record
 from tl_entity.hooks.vocabulary import check_pairs
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
 from tl_entity.methods.path_patching import Engine
-from tl_entity.results import Result
+from tl_entity.results import Label, Result, plain
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
 
@@ -171,6 +171,20 @@ class Carried:
             return float("nan")
         return float(np.std(self.accuracies, ddof=1))
 
+    def to_json(self) -> dict[str, Any]:
+        """What was patched and how often it brought the target."""
+        return {
+            "group": self.group,
+            "position": self.position,
+            "heads": plain(self.heads),
+            "desideratum": self.desideratum,
+            "correct": sum(self.correct),
+            "prompts": sum(self.n_pairs),
+            "accuracy": self.accuracy,
+            "interval": plain(self.interval),
+            "draws": plain(self.accuracies),
+        }
+
 
 @dataclass(frozen=True)
 class CarriedInformation(Result):
@@ -230,8 +244,18 @@ class CarriedInformation(Result):
             ]
         )
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
-        """How often each group (rows) brings the target of each desideratum (columns)."""
+    def to_json(self) -> dict[str, Any]:
+        """One entry a group and desideratum: its heads, the counts and the accuracy of all draws
+        together, and the accuracy of each draw."""
+        return {"entries": [entry.to_json() for entry in self.entries]}
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
+        """How often each group (rows) brings the target of each desideratum (columns).
+
+        Args:
+            title: above the figure.
+            label: what groups and desiderata are called in it.
+        """
         from tl_entity.plots.heatmaps import share_heatmap
 
         groups = list(dict.fromkeys(entry.group for entry in self.entries))
@@ -240,7 +264,8 @@ class CarriedInformation(Result):
         for entry in self.entries:
             shares[groups.index(entry.group), kinds.index(entry.desideratum)] = entry.accuracy
         title = "Answers with the target, by group patched" if title is None else title
-        return share_heatmap(groups, kinds, shares, title=title, name="accuracy")
+        rows, columns = [label(group) for group in groups], [label(kind) for kind in kinds]
+        return share_heatmap(rows, columns, shares, title=title, name="accuracy")
 
 
 @checked

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from tl_entity.heads import Head
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import record
 from tl_entity.hooks.vocabulary import check_prompts
-from tl_entity.results import Result
+from tl_entity.results import Label, Result, plain
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -69,15 +69,33 @@ class AttentionSummary(Result):
             }
         )
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
-        """Heads by names, darker for more weight."""
+    def to_json(self) -> dict[str, Any]:
+        """Where each head looks from, and how much at what."""
+        return {
+            "from": self.from_position,
+            "heads": plain(self.heads),
+            "to": list(self.names),
+            "weights": plain(self.weights),
+            "common_offset": plain(self.common_offset),
+            "offset_share": plain(self.offset_share),
+        }
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
+        """Heads by names, darker for more weight.
+
+        Args:
+            title: above the figure.
+            label: what the positions are called in it.
+        """
         from tl_entity.plots.heatmaps import attention_heatmap
 
+        if title is None:
+            title = f"Mean attention from {label(self.from_position)}"
         return attention_heatmap(
             [str(head) for head in self.heads],
-            list(self.names),
+            [label(name) for name in self.names],
             self.weights.double().cpu().numpy(),
-            title=f"Mean attention from {self.from_position}" if title is None else title,
+            title=title,
         )
 
 

@@ -31,7 +31,7 @@ from tl_entity.methods.path_patching import Engine
 from tl_entity.methods.random_circuits import random_circuits as random_circuits
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import shared_out
-from tl_entity.results import ROWS_SHOWN, Result
+from tl_entity.results import ROWS_SHOWN, Result, plain
 from tl_entity.stats import (
     NO_INTERVAL,
     Interval,
@@ -102,6 +102,11 @@ class Evaluation(Result):
         counts = {"correct": int(self.correct.sum()), "prompts": len(self)}
         return pd.DataFrame([{**counts, "accuracy": self.accuracy, "low": low, "high": high}])
 
+    def to_json(self) -> dict[str, Any]:
+        """The counts, the accuracy and its interval; not the single prompts."""
+        counts = {"correct": int(self.correct.sum()), "prompts": len(self)}
+        return {**counts, "accuracy": self.accuracy, "interval": list(self.interval)}
+
     def plot(self, *, title: str | None = None) -> "go.Figure":
         """How sure the model is of the answer: prompts by the answer's probability, those answered
         right and wrong apart."""
@@ -166,6 +171,15 @@ class Faithfulness(Result):
                 for name, (value, (low, high)) in rows.items()
             ]
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Both accuracies, their ratio and its interval."""
+        return {
+            "circuit": self.of_circuit.to_json(),
+            "model": self.of_model.to_json(),
+            "faithfulness": plain(self.value),
+            "interval": plain(self.interval),
+        }
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
         """Accuracy of the whole model and of the circuit alone, with 95 % intervals."""

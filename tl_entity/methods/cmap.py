@@ -4,7 +4,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
 from tl_entity.methods.gains import recovered_gain
 from tl_entity.methods.path_patching import Engine
-from tl_entity.results import Result
-from tl_entity.stats import Interval
+from tl_entity.results import Label, Result, plain
+from tl_entity.stats import Interval, paired_difference_interval
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -208,6 +208,18 @@ class Patched:
             f"{NO_SHARE if math.isnan(self.recovered) else share}"
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """What was patched, the accuracy, the gain and its share, with their intervals."""
+        return {
+            "group": self.group,
+            "patch": self.patch,
+            **self.evaluation.to_json(),
+            "gain": self.gain,
+            "gain_interval": plain(self.gain_interval),
+            "recovered": plain(self.recovered),
+            "recovered_interval": plain(self.recovered_interval),
+        }
+
 
 @dataclass(frozen=True)
 class CrossModelPatching(Result):
@@ -267,9 +279,43 @@ class CrossModelPatching(Result):
             )
         return pd.DataFrame(rows)
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
+    @property
+    def gain(self) -> float:
+        """Accuracy of the tuned model less the base model's."""
+        return self.tuned.accuracy - self.base.accuracy
+
+    @property
+    def gain_interval(self) -> Interval:
+        """95 % interval of that, prompts compared in pairs."""
+        after, before = (of.correct.cpu().numpy() for of in (self.tuned, self.base))
+        return paired_difference_interval(after, before)
+
+    def to_json(self) -> dict[str, Any]:
+        """Both models alone ("into" is the base, "from" the tuned), the gain, and one entry a group
+        and patch."""
+        return {
+            "into": self.base.to_json(),
+            "from": self.tuned.to_json(),
+            "gain": self.gain,
+            "gain_interval": plain(self.gain_interval),
+            "entries": [entry.to_json() for entry in self.entries],
+        }
+
+    def plot(
+        self,
+        *,
+        title: str | None = None,
+        label: Label = str,
+        names: tuple[str, str] = ("base", "tuned"),
+    ) -> "go.Figure":
         """Accuracy with each group patched, one colour for each kind of patch, between the levels
-        of both models alone."""
+        of both models alone.
+
+        Args:
+            title: above the figure.
+            label: what the groups are called in it.
+            names: of the two models.
+        """
         from tl_entity.plots.bars import Bar, add_level, grouped_bars
 
         def bar(found: Evaluation) -> Bar:
@@ -277,14 +323,15 @@ class CrossModelPatching(Result):
 
         series: dict[str, dict[str, Bar]] = {}
         for entry in self.entries:
-            series.setdefault(entry.patch, {})[entry.group] = bar(entry.evaluation)
-        title = (
-            "Heads patched from the tuned model into the base (CMAP)" if title is None else title
-        )
+            what = "head outputs" if entry.patch == OUTPUT else f"{entry.patch} of the heads"
+            series.setdefault(what, {})[label(entry.group)] = bar(entry.evaluation)
+        if title is None:
+            title = f"Heads patched from the {names[1]} model into the {names[0]} (CMAP)"
         figure = grouped_bars(series, title=title)
-        add_level(figure, "base", bar(self.base))
-        add_level(figure, "tuned", bar(self.tuned))
-        return figure
+        for name, level in zip(names, (self.base, self.tuned), strict=True):
+            add_level(figure, name, bar(level))
+        order = list(dict.fromkeys(label(entry.group) for entry in self.entries))
+        return figure.update_xaxes(categoryorder="array", categoryarray=order)
 
 
 @checked

@@ -1,8 +1,8 @@
 """Is it the same circuit? The heads found in a base model and in its fine-tune, side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
@@ -16,7 +16,7 @@ from tl_entity.methods.overlap import (
     group_overlap,
     whole_overlap,
 )
-from tl_entity.results import Result
+from tl_entity.results import Label, Result
 from tl_entity.stats import Interval
 
 __all__ = [
@@ -135,20 +135,39 @@ class Comparison(Result):
             ]
         )
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
+    def to_json(self) -> dict[str, Any]:
+        """Each group's overlap and that of the whole circuits, and the same of the ceiling."""
+
+        def parts(overlaps: Sequence[Overlap]) -> dict[str, Any]:
+            *groups, whole = overlaps
+            return {"groups": {o.name: o.to_json() for o in groups}, "whole": whole.to_json()}
+
+        return {
+            **parts((*self.groups, self.whole)),
+            "paired": self.paired,
+            "ceiling": parts(self.ceiling) if self.ceiling else None,
+        }
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
         """Jaccard index of each group's heads, beside what chance would give, the mean and the
-        range of 95 % of random choices, and beside the ceiling if there is one."""
+        range of 95 % of random choices, and beside the ceiling if there is one.
+
+        Args:
+            title: above the figure; said ahead of how many heads are shared.
+            label: what the groups are called in it.
+        """
         from tl_entity.plots.bars import Bar, overlap_bars
 
-        overlaps = {overlap.name: overlap for overlap in (*self.groups, self.whole)}
+        overlaps = {label(overlap.name): overlap for overlap in (*self.groups, self.whole)}
+        found = (
+            f"{len(self.whole.shared)} heads in both circuits, "
+            f"{self.whole.chance.expected:.1f} by chance"
+        )
         return overlap_bars(
             {name: o.jaccard for name, o in overlaps.items()},
             {name: Bar(o.chance_jaccard, *o.chance_interval) for name, o in overlaps.items()},
-            ceiling={o.name: o.jaccard for o in self.ceiling},
-            title=f"{len(self.whole.shared)} heads in both circuits, "
-            f"{self.whole.chance.expected:.1f} by chance"
-            if title is None
-            else title,
+            ceiling={label(o.name): o.jaccard for o in self.ceiling},
+            title=found if title is None else f"{title}: {found}",
         )
 
     def _ceiling_columns(self, name: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from tl_entity.methods.circuits import (
     evaluate_removals,
 )
 from tl_entity.methods.path_patching import Engine
-from tl_entity.results import Result
+from tl_entity.results import Label, Result, plain
 from tl_entity.stats import Interval, paired_difference_interval, paired_loss_interval
 from tl_entity.tasks.batches import PromptBatch
 
@@ -110,6 +110,22 @@ class Removal:
         removed counts too."""
         return abs(self.of_circuit.accuracy - self.of_model.accuracy)
 
+    def to_json(self) -> dict[str, Any]:
+        """What was removed, both accuracies without it, both losses and their difference."""
+        return {
+            "removed": self.name or "nothing",
+            "heads": plain(self.heads),
+            "circuit": self.of_circuit.to_json(),
+            "model": self.of_model.to_json(),
+            "circuit_loss": self.circuit_loss,
+            "circuit_loss_interval": plain(self.circuit_loss_interval),
+            "model_loss": self.model_loss,
+            "model_loss_interval": plain(self.model_loss_interval),
+            "difference": self.difference,
+            "difference_interval": plain(self.interval),
+            "published_incompleteness": self.published_incompleteness,
+        }
+
 
 @dataclass(frozen=True)
 class Completeness(Result):
@@ -144,13 +160,15 @@ class Completeness(Result):
         losses, and their difference, with intervals; and the paper's incompleteness."""
         import pandas as pd
 
-        kinds = {"whole": (self.whole,), "group": self.groups, "random": self.random}
         return pd.DataFrame(
             [
                 {
                     "kind": kind,
                     "removed": removal.name,
                     "n_heads": sum(len(heads) for heads in removal.heads.values()),
+                    "heads": "; ".join(
+                        f"{at}: {' '.join(map(str, heads))}" for at, heads in removal.heads.items()
+                    ),
                     "n_prompts": len(removal.of_model),
                     **_columns("circuit", removal.of_circuit, removal.circuit_loss),
                     "circuit_loss_low": removal.circuit_loss_interval.low,
@@ -164,14 +182,28 @@ class Completeness(Result):
                     "difference_high": removal.interval.high,
                     "published_incompleteness": removal.published_incompleteness,
                 }
-                for kind, removals in kinds.items()
-                for removal in removals
+                for kind, removal in self.by_kind()
             ]
         )
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
+    def by_kind(self) -> list[tuple[str, Removal]]:
+        """Every removal with its kind: "whole", "group" or "random"."""
+        kinds = {"whole": (self.whole,), "group": self.groups, "random": self.random}
+        return [(kind, removal) for kind, removals in kinds.items() for removal in removals]
+
+    def to_json(self) -> dict[str, Any]:
+        """The kind of ablation, and one entry a removal with what kind it is."""
+        entries = [{"kind": kind, **removal.to_json()} for kind, removal in self.by_kind()]
+        return {"ablation": self.ablation, "entries": entries}
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
         """What the model loses against what the circuit loses, a point for each removal; those of a
-        complete circuit lie on the dashed line."""
+        complete circuit lie on the dashed line.
+
+        Args:
+            title: above the figure.
+            label: what the groups are called in it.
+        """
         from tl_entity.plots.bars import Bar
         from tl_entity.plots.curves import Point, loss_scatter
 
@@ -181,7 +213,7 @@ class Completeness(Result):
         }
         points = [
             Point(
-                removal.name,
+                label(removal.name),
                 Bar(removal.model_loss, *removal.model_loss_interval),
                 Bar(removal.circuit_loss, *removal.circuit_loss_interval),
                 kind,

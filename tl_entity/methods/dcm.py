@@ -32,7 +32,7 @@ from tl_entity.methods.masked_forward import (
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import log_probability
 from tl_entity.ranks import Share, gathered, share_of, summed
-from tl_entity.results import Result
+from tl_entity.results import Result, plain
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
 
@@ -131,6 +131,18 @@ class HeadMask(Result):
                 "selected": (self.values < SELECTED_BELOW).tolist(),
             }
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidates, the mask's value of each and those selected, and the losses."""
+        return {
+            "position": self.position,
+            "sparsity": self.sparsity,
+            "candidates": plain(self.heads),
+            "values": plain(self.values),
+            "selected": plain(self.selected),
+            "losses": plain(self.losses),
+            "validation_accuracy": self.validation_accuracy,
+        }
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
         """m of every candidate after each step, from dark (taken from the counterfactual) to
@@ -246,6 +258,16 @@ class MaskRun:
     def __str__(self) -> str:
         return f"seed {self.seed}, sparsity {self.mask.sparsity:g}: {self.mask}; test {self.test}"
 
+    def to_json(self) -> dict[str, Any]:
+        """The mask, how it was trained, and its test."""
+        return {
+            "seed": self.seed,
+            **self.mask.to_json(),
+            "test": self.test.to_json(),
+            "test_of_all": self.test_of_all.to_json(),
+            "test_of_none": self.test_of_none.to_json(),
+        }
+
 
 @dataclass(frozen=True)
 class LearnedMasks(Result):
@@ -276,6 +298,10 @@ class LearnedMasks(Result):
             head: sum(head in mask.selected for mask in masks) / len(masks)
             for head in masks[0].heads
         }
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry a mask."""
+        return {"masks": [run.to_json() for run in self.runs]}
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
         """Share of the draws in which each head is selected (columns), by sparsity (rows); heads

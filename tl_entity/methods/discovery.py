@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
@@ -10,12 +10,14 @@ from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head
 from tl_entity.hooks.points import HeadInput
 from tl_entity.methods.path_patching import Engine, HeadScores, path_patch
-from tl_entity.results import ROWS_SHOWN, Result
+from tl_entity.results import ROWS_SHOWN, Label, Result
 from tl_entity.tasks.batches import PairBatch
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from tl_entity.plots.heatmaps import HeadMap
 
 
 @dataclass(frozen=True)
@@ -94,32 +96,71 @@ class Discovery(Result):
         parts = [rows.loc[rows["group"] == group.name].head(most) for group in self.circuit]
         return pd.concat(parts, ignore_index=True).drop(columns=["layer", "index", "chosen"])
 
-    def plot(self, *, known: Circuit | None = None, title: str = "Path patching") -> "go.Figure":
+    def to_json(self) -> dict[str, Any]:
+        """Each group's path patching, with the group whose input was patched (null for the
+        logits)."""
+        return {
+            group.name: {
+                **self.scores[group.name].to_json(),
+                "into": self._receiving_group(group.name),
+            }
+            for group in self.circuit
+        }
+
+    def plot(
+        self,
+        *,
+        known: Circuit | None = None,
+        title: str = "Path patching",
+        panel_titles: Mapping[str, str] | None = None,
+        limits: Mapping[str, float] | None = None,
+    ) -> "go.Figure":
         """Every group's score map, with the heads chosen outlined; dashed are those that the group
         chose too and another one at its position has.
 
         Args:
             known: heads to mark with a dot, by group.
             title: above all.
+            panel_titles: above each group's map; says what was patched if left out.
+            limits: each group's colour limit; see `stage_heatmaps`.
         """
         from tl_entity.plots.heatmaps import stage_heatmaps
 
-        dots = {} if known is None else {group.name: group.heads for group in known}
+        titles = panel_titles or {}
         panels = [
-            self.scores[group.name].panel(
-                chosen=group.heads,
-                known=dots.get(group.name, ()),
-                elsewhere=[
-                    head for head in self.candidates.get(group.name, ()) if head not in group.heads
-                ],
-                title=f"{group.name}: {self._path(group.name)}",
-            )
+            self.panel(group.name, known=known, title=titles.get(group.name))
             for group in self.circuit
         ]
-        return stage_heatmaps(panels, title=title)
+        of_each = None if limits is None else [limits[group.name] for group in self.circuit]
+        return stage_heatmaps(panels, title=title, limits=of_each)
+
+    def panel(
+        self, group: str, *, known: Circuit | None = None, title: str | None = None
+    ) -> "HeadMap":
+        """One group's map, as `plot` shows it beside the others.
+
+        Args:
+            group: the group's name.
+            known: heads to mark with a dot, by group.
+            title: above the map; says what was patched if left out.
+        """
+        dots = {} if known is None else {each.name: each.heads for each in known}
+        chosen = self.circuit[group]
+        return self.scores[group].panel(
+            chosen=chosen,
+            known=dots.get(group, ()),
+            elsewhere=[head for head in self.candidates.get(group, ()) if head not in chosen],
+            title=f"{group}: {self._path(group)}" if title is None else title,
+        )
 
     def diagram(
-        self, words: Sequence[str], positions: Mapping[str, int], *, title: str = "The circuit"
+        self,
+        words: Sequence[str],
+        positions: Mapping[str, int],
+        *,
+        title: str = "The circuit",
+        label: Label = str,
+        carried: Mapping[str, str] | None = None,
     ) -> "go.Figure":
         """The circuit over a prompt: each group above its token, arrows along the patched paths.
 
@@ -127,20 +168,24 @@ class Discovery(Result):
             words: the prompt's tokens, as text.
             positions: the index of each named position among them.
             title: above the figure.
+            label: what the groups are called in it.
+            carried: what groups carry, in a few words.
 
         Raises:
             InputError: if a group's position is missing or is no token of the prompt.
         """
         from tl_entity.plots.circuit_diagram import Edge, Node, circuit_diagram
 
-        nodes, edges = [], []
+        nodes, edges, says = [], [], carried or {}
         for group in self.circuit:
             if group.position not in positions:
                 raise InputError(f"Say which token is at {group.position!r}.")
-            nodes.append(Node(group.name, positions[group.position], group.heads))
+            name, at = label(group.name), positions[group.position]
+            nodes.append(Node(name, at, group.heads, says.get(group.name, "")))
             into = self._receiving_group(group.name)
             found = self.scores[group.name]
-            edges.append(Edge(group.name, into, found.receiver_input or "logits"))
+            target = None if into is None else label(into)
+            edges.append(Edge(name, target, found.receiver_input or "logits"))
         return circuit_diagram(words, nodes, edges, title=title)
 
     def _receiving_group(self, name: str) -> str | None:

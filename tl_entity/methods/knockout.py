@@ -3,7 +3,7 @@ another (Prakash et al. 2024, appendix)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tl_entity.hooks.run import answer_logits
 from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
 from tl_entity.methods.path_patching import Engine
-from tl_entity.results import Result
+from tl_entity.results import Label, Result
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -110,23 +110,76 @@ class KnockoutCurve(Result):
             rows.append(row)
         return pd.DataFrame(rows).astype({"first_layer": "Int64"})
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
+    def to_json(self) -> dict[str, Any]:
+        """The two tokens, and by first knocked-out layer the accuracies with their intervals, and
+        the control's mean, lowest and highest accuracy of the draws (none without a control)."""
+        control = self.control_accuracy if self.controls else np.empty((1, 0))
+        return {
+            "from": self.from_position,
+            "to": self.to_position,
+            "whole": self.whole.to_json(),
+            "layers": [found.to_json() for found in self.evaluations],
+            "control": {
+                "mean": control.mean(0).tolist(),
+                "lowest": control.min(0).tolist(),
+                "highest": control.max(0).tolist(),
+            },
+        }
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
         """Accuracy by first knocked-out layer; the control's mean, lowest and highest draw in the
-        background, the whole model as a dashed line."""
+        background, the whole model as a dashed line.
+
+        Args:
+            title: above the figure.
+            label: what the positions are called in it.
+        """
+        return KnockoutCurves((self,)).plot(title=title, label=label)
+
+
+@dataclass(frozen=True)
+class KnockoutCurves(Result):
+    """Attention knocked out between several pairs of tokens, in one model on the same prompts.
+
+    Attributes:
+        curves: one a pair of tokens.
+    """
+
+    curves: tuple[KnockoutCurve, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.curves))
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """The rows of every curve, one after another."""
+        import pandas as pd
+
+        return pd.concat([curve.to_dataframe() for curve in self.curves], ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry a pair of tokens."""
+        return {"curves": [curve.to_json() for curve in self.curves]}
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
+        """Accuracy by first knocked-out layer, a curve a pair of tokens, as for a single one."""
         from tl_entity.plots.bars import Bar
         from tl_entity.plots.curves import Curve, layer_curves
 
-        bars = [Bar(found.accuracy, *found.interval) for found in self.evaluations]
-        curves = [Curve(f"{self.from_position} to {self.to_position}", tuple(bars))]
-        if self.controls:
-            drawn = self.control_accuracy
-            control = tuple(Bar(layer.mean(), layer.min(), layer.max()) for layer in drawn.T)
-            name = f"{self.from_position} to random tokens"
-            curves.append(Curve(name, control, faint=True))
+        drawn: list[Curve] = []
+        for curve in self.curves:
+            seer, seen = label(curve.from_position), label(curve.to_position)
+            bars = tuple(Bar(found.accuracy, *found.interval) for found in curve.evaluations)
+            drawn.append(Curve(f"{seer} to {seen}", bars))
+            if curve.controls:
+                layers = curve.control_accuracy.T
+                control = tuple(Bar(layer.mean(), layer.min(), layer.max()) for layer in layers)
+                name = f"{seer} to random tokens, not the {seen}"
+                drawn.append(Curve(name, control, faint=True))
+        whole = self.curves[0].whole
         return layer_curves(
-            curves,
+            drawn,
             title="Attention knocked out from a layer up" if title is None else title,
-            whole=Bar(self.whole.accuracy, *self.whole.interval),
+            whole=Bar(whole.accuracy, *whole.interval),
             axis="first knocked-out layer",
         )
 

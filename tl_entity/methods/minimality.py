@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +16,7 @@ from tl_entity.heads import Circuit, Group, Head, HeadsAt
 from tl_entity.hooks.ablations import Ablation, AblationKind
 from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, ablation_of, evaluate_circuits
 from tl_entity.methods.path_patching import Engine
-from tl_entity.results import Result
+from tl_entity.results import Label, Result, plain
 from tl_entity.stats import Interval, paired_counts, paired_ratio_interval
 from tl_entity.tasks.batches import PromptBatch
 
@@ -67,6 +67,19 @@ class HeadMinimality:
             f"({self.without_removed.accuracy:.3f} to {self.without_head.accuracy:.3f} without "
             f"{' '.join(map(str, self.removed)) or 'others'}), {'kept' if self.kept else 'dropped'}"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The head, what was removed with it, both accuracies, the score and its interval."""
+        return {
+            "group": self.group,
+            "head": plain(self.head),
+            "removed": plain(self.removed),
+            "without_removed": self.without_removed.to_json(),
+            "without_head": self.without_head.to_json(),
+            "score": plain(self.score),
+            "interval": plain(self.interval),
+            "kept": self.kept,
+        }
 
 
 @dataclass(frozen=True)
@@ -128,17 +141,45 @@ class Minimality(Result):
             ]
         )
 
-    def plot(self, *, title: str | None = None) -> "go.Figure":
-        """Accuracy of the circuit without K, and without K and each head; K is each head's own."""
+    def to_json(self) -> dict[str, Any]:
+        """The kind of ablation, what is left of the circuit and how it does, one entry a head."""
+        return {
+            "ablation": self.ablation,
+            "entries": [found.to_json() for found in self.heads],
+            "circuit": self.of_circuit.to_json(),
+            "minimal": self.of_minimal.to_json(),
+            "minimal_circuit": plain(self.minimal),
+        }
+
+    def plot(self, *, title: str | None = None, label: Label = str) -> "go.Figure":
+        """What the circuit loses with each head, a colour a group. What is infinite is as high as
+        the figure, and marked: the most needed heads of all.
+
+        Args:
+            title: above the figure.
+            label: what the groups are called in it.
+        """
         from tl_entity.plots.bars import Bar, grouped_bars
 
-        series: dict[str, dict[str, Bar]] = {"without K": {}, "without K and the head": {}}
-        for found in self.heads:
-            name = f"{found.head} ({found.group}" + (")" if found.kept else ", dropped)")
-            pair = (found.without_removed, found.without_head)
-            for bars, evaluation in zip(series.values(), pair, strict=True):
-                bars[name] = Bar(evaluation.accuracy, *evaluation.interval)
-        return grouped_bars(series, title=str(self) if title is None else title)
+        numbers = [(found.score, *found.interval) for found in self.heads]
+        # Even the lower end of what is infinite may be so high that nothing else would be seen.
+        seen = [n for some in numbers if some[0] < math.inf for n in some if n < math.inf]
+        highest = max([1.0, *seen])
+        series: dict[str, dict[str, Bar]] = {label(found.group): {} for found in self.heads}
+        for found, (value, low, high) in zip(self.heads, numbers, strict=True):
+            name = str(found.head) + ("" if found.kept else " (dropped)")
+            name += " ∞" if value == math.inf else " ↑" if high == math.inf else ""
+            series[label(found.group)][name] = Bar(
+                min(value, highest),
+                min(low, highest),
+                min(high, highest),
+                says=f"{value:.1%} [{low:.1%}, {high:.1%}]".replace("inf%", "∞"),
+            )
+        figure = grouped_bars(
+            series, title=str(self) if title is None else title, axis="minimality"
+        )
+        figure.update_yaxes(range=None, autorange=True, tickformat=".0%", dtick=None)
+        return figure.update_layout(barmode="overlay")
 
 
 @checked

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 from tl_entity.heads import Head
 from tl_entity.methods.discovery import Discovery
+from tl_entity.results import plain
 from tl_entity.stats import (
     NO_INTERVAL,
     Chance,
@@ -116,6 +118,27 @@ class Overlap:
     def p_value(self) -> float:
         """How probable it is to share this many heads or more by chance."""
         return self.chance.at_least(len(self.shared))
+
+    def to_json(self) -> dict[str, Any]:
+        """The heads shared and not, and every measure, beside what chance would give."""
+        return {
+            "first": len(self.shared) + len(self.lost),
+            "second": len(self.shared) + len(self.new),
+            "shared": [plain(head) for _, head in self.shared],
+            "only_first": [plain(head) for _, head in self.lost],
+            "only_second": [plain(head) for _, head in self.new],
+            "population": self.population,
+            "shared_by_chance": self.chance.expected,
+            "chance_range": [self.chance.low, self.chance.high],
+            "p_value": self.p_value,
+            "shared_by_chance_over_all_layers": self.chance_over_all_layers.expected,
+            "precision": plain(self.precision),
+            "recall": plain(self.recall),
+            "jaccard": plain(self.jaccard),
+            "jaccard_by_chance": plain(self.chance_jaccard),
+            "jaccard_by_chance_interval": plain(self.chance_interval),
+            "rank_correlation": plain(self.correlation),
+        }
 
     def _jaccard_of(self, shared: int) -> float:
         """The Jaccard index of circuits of these sizes that share so many heads."""

@@ -23,7 +23,7 @@ from tl_entity.hooks.points import HeadInput, check_heads
 from tl_entity.hooks.vocabulary import check_pairs, check_tokens
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
-from tl_entity.results import ROWS_SHOWN, Result
+from tl_entity.results import ROWS_SHOWN, Result, plain
 from tl_entity.stats import Z_95, mean_intervals
 from tl_entity.tasks.batches import PairBatch
 
@@ -124,6 +124,17 @@ class HeadScores(Result):
             return head_heatmap(panel)
         # Other metrics have no bound at -1: the largest score is the darkest.
         return head_heatmap(panel, limit=float(np.abs(panel.scores).max()) or None)
+
+    def to_json(self) -> dict[str, Any]:
+        """What was patched into what, and every head's mean score with its interval."""
+        return {
+            "position": self.position,
+            "receivers": plain(self.receivers),
+            "receiver_input": self.receiver_input,
+            "top_layer": self.top_layer,
+            "scores": plain(self.scores),
+            "intervals": plain(self.intervals),
+        }
 
     def panel(
         self,
@@ -244,6 +255,16 @@ class MLPScores(Result):
                 "high": bounds[:, 1],
             }
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """What was patched into what, and every layer's mean score with its interval."""
+        return {
+            "position": self.position,
+            "receivers": plain(self.receivers),
+            "receiver_input": self.receiver_input,
+            "scores": plain(self.scores),
+            "intervals": plain(self.intervals),
+        }
 
     def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
         """The `n` most important layers, the most important first; None for all."""

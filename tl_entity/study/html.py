@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from tl_entity.heads import Head
 from tl_entity.plots.render import figure_html
-from tl_entity.study.store import read_number
+from tl_entity.results import read_number
 
 if TYPE_CHECKING:
     import pandas as pd

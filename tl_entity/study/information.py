@@ -3,13 +3,16 @@
 from collections.abc import Callable, Mapping
 
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Group, Head
+from tl_entity.heads import Circuit, Group
 from tl_entity.methods.activation_patching import CarriedInformation, carries
 from tl_entity.methods.dcm import MaskRun, MaskStep, learn_masks, training_steps
-from tl_entity.study.experiments import Bench, accuracy_record, groups_record, heads_record
-from tl_entity.study.store import Outcome, Record
+from tl_entity.study.experiment_results import GroupMask, GroupMasks
+from tl_entity.study.experiments import Bench
+from tl_entity.study.store import Step
 from tl_entity.tasks.batches import PairBatch
 from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA, desideratum_draws
+
+DCM, CARRIED = Step(GroupMasks), Step(CarriedInformation)
 
 MASK_BATCH = 8
 """Pairs a step of training. A mask can fall by a tenth a step and must fall by half, so that small
@@ -34,7 +37,7 @@ def writable_draws(bench: Bench, n_pairs: int) -> tuple[Draws, dict[str, str]]:
     return {name: draw for name, draw in draws.items() if name not in left_out}, left_out
 
 
-def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
+def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> GroupMasks:
     """Which heads of each group carry each kind of information, by DCM.
 
     There is a mask for each draw of pairs and each price of a head. Of these one is chosen, whose
@@ -52,18 +55,24 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
         ]
         for kind in kinds
     }
-    asked = {
-        "circuit": groups_record(circuit),
-        "pairs": s.mask_pairs,
-        "batch": MASK_BATCH,
-        "boxes": s.boxes,
-        "seeds": seeds,
-        "sparsities": s.sparsities,
-        "engine": s.engine,
-    }
 
-    def compute() -> Outcome:
-        found = []
+    def learn(kind: str, group: Group, count: Callable[[MaskStep], object]) -> list[GroupMask]:
+        runs = learn_masks(
+            bench.model,
+            draws[kind],
+            group.heads,
+            position=group.position,
+            seeds=seeds[kind],
+            sparsities=s.sparsities,
+            engine=s.engine,
+            batch_size=MASK_BATCH,
+            memory=s.memory_bytes,
+            progress=count,
+        ).runs
+        best = max(runs, key=_worth)
+        return [GroupMask(group.name, kind, run is best, run) for run in runs]
+
+    def compute() -> GroupMasks:
         n_masks = len(kinds) * len(groups) * s.mask_seeds * len(s.sparsities)
         n_steps = n_masks * training_steps(s.mask_pairs, batch_size=MASK_BATCH)
         with bench.progress(f"{bench.role}: DCM", n_steps) as done:
@@ -71,36 +80,24 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> Record:
             def count(step: MaskStep) -> None:
                 done(1, f"loss {step.loss:.2f}, {step.n_selected} heads")
 
-            for kind in kinds:
-                for group in groups:
-                    runs = learn_masks(
-                        bench.model,
-                        draws[kind],
-                        group.heads,
-                        position=group.position,
-                        seeds=seeds[kind],
-                        sparsities=s.sparsities,
-                        engine=s.engine,
-                        batch_size=MASK_BATCH,
-                        memory=bench.settings.memory_bytes,
-                        progress=count,
-                    ).runs
-                    best = max(runs, key=_worth)
-                    found += [
-                        {
-                            "group": group.name,
-                            "desideratum": kind,
-                            "chosen": run is best,
-                            **_mask_record(run),
-                        }
-                        for run in runs
-                    ]
-        return {"masks": found, "left_out": left_out}, {}
+            found = [learn(kind, group, count) for kind in kinds for group in groups]
+        return GroupMasks(tuple(mask for masks in found for mask in masks), left_out)
 
-    return bench.step("dcm", asked, compute)[0]
+    asked = {
+        "circuit": circuit,
+        "pairs": s.mask_pairs,
+        "batch": MASK_BATCH,
+        "boxes": s.boxes,
+        "seeds": seeds,
+        "sparsities": s.sparsities,
+        "engine": s.engine,
+    }
+    return bench.step("dcm", DCM, asked, compute)
 
 
-def patch_what_groups_carry(bench: Bench, circuit: Circuit, dcm: Record, of: str) -> Record:
+def patch_what_groups_carry(
+    bench: Bench, circuit: Circuit, dcm: GroupMasks, of: str
+) -> CarriedInformation:
     """How often the heads that DCM selected, taken from the counterfactual, bring the target.
 
     Args:
@@ -112,82 +109,33 @@ def patch_what_groups_carry(bench: Bench, circuit: Circuit, dcm: Record, of: str
     s = bench.settings
     draws, _ = writable_draws(bench, max(4, s.prompts // 2))
     seeds = [bench.seed("activation patching", number) for number in range(s.draws)]
-    chosen = {kind: selected_circuit(circuit, dcm, kind) for kind in draws}
-    asked = {
-        "heads": {kind: groups_record(heads) for kind, heads in chosen.items()},
-        "prompts": s.prompts,
-        "boxes": s.boxes,
-        "seeds": seeds,
-        "engine": s.engine,
-    }
+    chosen = {kind: dcm.selected(circuit, kind) for kind in draws}
 
-    def compute() -> Outcome:
+    def compute() -> CarriedInformation:
         # Each group by itself, and nothing patched.
         runs = (1 + len(circuit.groups)) * len(draws) * len(seeds) * max(4, s.prompts // 2)
         with bench.progress(f"{bench.role}: activation patching", runs) as done:
-            found = carries(
+            return carries(
                 bench.model,
                 draws,
                 chosen,
                 seeds=seeds,
                 engine=s.engine,
                 batch_size=bench.batch_size,
-                memory=bench.settings.memory_bytes,
+                memory=s.memory_bytes,
                 progress=done,
             )
-        return {"entries": _carried_record(found)}, {}
 
-    return bench.step(f"activation_patching_{of}_heads", asked, compute)[0]
-
-
-def selected_circuit(circuit: Circuit, dcm: Record, desideratum: str) -> Circuit:
-    """The heads of each group in the mask that was chosen for a desideratum; the further desiderata
-    for position have those of `position`."""
-    kind = desideratum if desideratum in MAIN_DESIDERATA else "position"
-    selected = {
-        mask["group"]: tuple(Head(*head) for head in mask["selected"])
-        for mask in dcm["masks"]
-        if mask["desideratum"] == kind and mask["chosen"]
+    asked = {
+        "heads": chosen,
+        "prompts": s.prompts,
+        "boxes": s.boxes,
+        "seeds": seeds,
+        "engine": s.engine,
     }
-    return Circuit(
-        tuple(Group(g.name, g.position, selected.get(g.name, ())) for g in circuit.groups)
-    )
+    return bench.step(f"activation_patching_{of}_heads", CARRIED, asked, compute)
 
 
 def _worth(run: MaskRun) -> tuple[float, int]:
     """What a mask is chosen by, the more the better; of equals the first is taken."""
     return run.mask.validation_accuracy or 0.0, -len(run.mask.selected)
-
-
-def _mask_record(run: MaskRun) -> Record:
-    mask = run.mask
-    return {
-        "position": mask.position,
-        "seed": run.seed,
-        "sparsity": mask.sparsity,
-        "candidates": heads_record(mask.heads),
-        "values": mask.values.tolist(),
-        "selected": heads_record(mask.selected),
-        "losses": mask.losses.tolist(),
-        "validation_accuracy": mask.validation_accuracy,
-        "test": accuracy_record(run.test),
-        "test_of_all": accuracy_record(run.test_of_all),
-        "test_of_none": accuracy_record(run.test_of_none),
-    }
-
-
-def _carried_record(found: CarriedInformation) -> list[Record]:
-    return [
-        {
-            "group": entry.group,
-            "position": entry.position,
-            "heads": heads_record(entry.heads),
-            "desideratum": entry.desideratum,
-            "correct": sum(entry.correct),
-            "prompts": sum(entry.n_pairs),
-            "accuracy": entry.accuracy,
-            "interval": list(entry.interval),
-            "draws": list(entry.accuracies),
-        }
-        for entry in found.entries
-    ]

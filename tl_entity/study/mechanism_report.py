@@ -1,26 +1,32 @@
 """The report's sections on what the heads do, and its last page, the verdict."""
 
+from collections.abc import Mapping
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
 from tl_entity.study.html import figure_element, frame_table, table
 from tl_entity.study.mechanism_figures import group_words, information_words
 from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_CMAP_SIZES, PUBLISHED_KNOCKOUT
+from tl_entity.study.results import Finding
 from tl_entity.study.settings import GROUPS
-from tl_entity.study.tables import AS_PUBLISHED, CONTROL, labels_of, tables_of
+from tl_entity.study.tables import AS_PUBLISHED, CONTROL
 from tl_entity.study.verdict import RULES, headline
 from tl_entity.tasks.desiderata import DESIDERATA
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Section = tuple[str, str, str]
 """Anchor, heading, content."""
 
 
-def mechanism_sections(content: dict[str, Any], figures: dict[str, go.Figure]) -> list[Section]:
+def mechanism_sections(
+    content: dict[str, Any], figures: dict[str, go.Figure], tables: "Mapping[str, pd.DataFrame]"
+) -> list[Section]:
     """What the groups carry, what the circuit loses, where information passes, what is brought from
     the other model."""
-    tables = tables_of(content)
     roles = list(content["models"])
     made = next(iter(content["models"].values()))
     sections: list[Section] = []
@@ -56,7 +62,7 @@ def verdict_section(content: dict[str, Any]) -> str:
         for finding in findings
     ]
     return (
-        f'<p class="lead">{escape(headline(findings))}</p>'
+        f'<p class="lead">{escape(headline([Finding(**found) for found in findings]))}</p>'
         + table(["question", "answer", "what the numbers say"], rows)
         + f'<p class="soft">{escape(RULES)}</p>'
     )
@@ -300,7 +306,9 @@ def _as_published(content: dict[str, Any], figures: dict[str, go.Figure], tables
 
 
 def _control(content: dict[str, Any], figures: dict[str, go.Figure], tables: Any) -> str:
-    base, tuned, control = map(escape, labels_of(content).values())
+    base, tuned, control = (
+        escape(each["label"]) for each in (*content["models"].values(), content["control"])
+    )
     return (
         f"<p>{base} again, on the same prompts, now with heads of {control}, which stands beside "
         f"{tuned} as a control. What its heads bring as well is not owed to what {tuned} alone has "

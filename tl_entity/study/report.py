@@ -2,9 +2,9 @@
 
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
@@ -15,7 +15,6 @@ from tl_entity.plots.render import figure_html, plotly_script
 from tl_entity.study.figures import (
     LETTERS,
     position_words,
-    single_heatmaps,
     sorted_counts,
     stage_title,
 )
@@ -31,10 +30,14 @@ from tl_entity.study.html import (
 )
 from tl_entity.study.mechanism_report import mechanism_sections, verdict_section
 from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURACY
+from tl_entity.study.results import Finding
 from tl_entity.study.settings import GROUPS
 from tl_entity.study.store import with_circuit
 from tl_entity.study.tables import scores_by_ablation
 from tl_entity.study.verdict import headline
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PLANTED_NOTE = (
     "was planted: we trained the model ourselves, and guided the attention of chosen heads in "
@@ -53,13 +56,20 @@ def figure_page(figure: go.Figure, name: str) -> str:
     )
 
 
-def render_report(results: str, figures: dict[str, go.Figure], problem: str | None = None) -> str:
+def render_report(
+    results: str,
+    figures: dict[str, go.Figure],
+    problem: str | None = None,
+    *,
+    tables: "Mapping[str, pd.DataFrame]",
+) -> str:
     """The report.
 
     Args:
         results: the text of results.json.
-        figures: of the same results.
+        figures: of the same results, and each stage's heatmap alone as `base_value_fetcher`.
         problem: what else the reader must know.
+        tables: of the same results.
     """
     content = json.loads(results)
     models, settings = content["models"], content["settings"]
@@ -79,7 +89,7 @@ def render_report(results: str, figures: dict[str, go.Figure], problem: str | No
     if _has(models, "attention"):
         sections.append(("attention", "Attention", _attention_section(content, figures)))
     if models:
-        sections += mechanism_sections(content, figures)
+        sections += mechanism_sections(content, figures, tables)
     if any(model["planted"] for model in models.values()):
         sections.append(("planted", "Planted heads", _planted_section(content)))
     if content["verdict"]:
@@ -176,7 +186,7 @@ def _lead(content: dict[str, Any]) -> str:
             "heads.</p>"
         )
     if content["verdict"]:
-        said = escape(headline(content["verdict"]))
+        said = escape(headline([Finding(**found) for found in content["verdict"]]))
         html = f'<p class="lead">{said} <a href="#verdict">The verdict</a></p>{html}'
     return html
 
@@ -243,8 +253,8 @@ def _circuit(content: dict[str, Any], role: str, figures: dict[str, go.Figure]) 
         )
     plots = "".join(
         f"<figure><figcaption>{escape(stage_title(model['discovery'][group], group))}</figcaption>"
-        f"{figure_html(figure, f'figure-{role}-{group}')}</figure>"
-        for group, figure in single_heatmaps(content, role).items()
+        f"{figure_html(figures[f'{role}_{group}'], f'figure-{role}-{group}')}</figure>"
+        for group in GROUPS
     )
     return (
         f"<h3>{escape(model['label'])}</h3><p>{chosen_from}</p>"

@@ -1,81 +1,66 @@
 """The main job: from two models to their circuits, figures and a report."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
-from transformer_lens import HookedTransformer
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
-from tl_entity.hooks.cross_model import check_same_architecture
-from tl_entity.methods.discovery import Discovery
-from tl_entity.models.load import load_model
-from tl_entity.models.registry import REGISTRY
-from tl_entity.output import check_writable
+from tl_entity.methods.compare import Comparison, compare
+from tl_entity.output import check_writable, sole_worker
 from tl_entity.plots.render import PngRenderer, plotly_script
-from tl_entity.ranks import is_first
+from tl_entity.ranks import from_first, is_first, n_ranks
+from tl_entity.results import pack
+from tl_entity.study.experiment_results import Transfer
 from tl_entity.study.experiments import (
     Bench,
     Progress,
-    compare_with_planted,
     draw_pairs,
     find_circuit,
     find_circuit_again,
-    groups_record,
     look_at_attention,
     measure_accuracy,
     measure_faithfulness,
-    own_tokenizer,
     silent,
     why_no_circuit,
 )
-from tl_entity.study.figures import figures_of
+from tl_entity.study.figures import figures_of, single_heatmaps
 from tl_entity.study.flow import knock_out_flow
+from tl_entity.study.folder import STUDY, check_same_study, joined, note_settings
 from tl_entity.study.information import learn_what_groups_carry, patch_what_groups_carry
 from tl_entity.study.mechanism_figures import mechanism_figures
+from tl_entity.study.models import (
+    Facts,
+    about,
+    check_device,
+    inspect,
+    labels,
+    load,
+    why_apart,
+)
+from tl_entity.study.models import model_fingerprint as model_fingerprint
 from tl_entity.study.necessity import measure_completeness, measure_minimality
 from tl_entity.study.report import figure_page, render_report
-from tl_entity.study.settings import GROUPS, OF_TWO_MODELS, Settings, resolve_sizes
-from tl_entity.study.store import (
-    REPORT,
-    RESULTS,
-    Record,
-    Store,
-    fingerprint,
-    to_json,
-)
+from tl_entity.study.results import ModelFindings, Study
+from tl_entity.study.settings import OF_TWO_MODELS, Settings, resolve_sizes
+from tl_entity.study.store import REPORT, RESULTS, Record, Store, to_json
 from tl_entity.study.tables import AS_PUBLISHED, tables_of, to_markdown
-from tl_entity.study.transfer import compare_discoveries, patch_as_published, patch_from_other
+from tl_entity.study.transfer import patch_as_published, patch_from_other
 from tl_entity.study.verdict import verdict
 from tl_entity.tasks.batches import PairBatch
-from tl_entity.tasks.pairs import discovery_pairs
 
-COMPUTING = ("tl_entity", "torch", "transformer_lens", "transformers")
-PACKAGES = (*COMPUTING, "plotly")
+COMPUTING = ("torch", "transformer_lens", "transformers")
+"""Software whose releases may give other numbers."""
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a model before any work is done.
-
-    Attributes:
-        n_layers: its layers.
-        n_heads: its heads a layer.
-        fingerprint: hash of its weights, sizes and vocabulary.
-    """
-
-    n_layers: int
-    n_heads: int
-    fingerprint: str
+PACKAGES = ("tl_entity", *COMPUTING, "plotly")
 
 
 @checked
@@ -86,7 +71,8 @@ def reproduce(
     progress: Progress = silent,
     say: Callable[[str], object] = lambda message: None,
     log: Callable[[str], object] = lambda message: None,
-    join: bool = False,
+    join: bool = True,
+    wait: bool = False,
 ) -> Record:
     """Run every experiment that is not done yet, and write results, figures and report.
 
@@ -100,278 +86,252 @@ def reproduce(
         progress: shows what goes on.
         say: told what else a person should know.
         log: told of each step, how long it took or that it was found finished.
-        join: bring what the folder's results.json already has into the new one too, if it was made
-            with the same settings; those steps are found finished.
+        join: bring what the folder's results already have into the new ones too; those steps are
+            found finished.
+        wait: wait for another process that works in the folder, instead of giving up.
 
     Returns:
         What results.json holds.
 
     Raises:
-        InputError: if the folder can't be written to, a model can't be had, or the settings don't
-            fit the models.
+        InputError: if the folder can't be written to, holds a study with other settings or is
+            being worked in by another process, a model can't be had, or the settings don't fit the
+            models.
     """
     out = Path(out)
     check_writable(out)
-    _check_device(settings.device)
-    facts = {role: inspect(settings, role) for role in settings.sources}
-    head_counts = [facts[role].n_layers * facts[role].n_heads for role in settings.models]
-    sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
-    apart = _why_apart(settings, "tuned")
-    if settings.control is not None and (reason := _why_apart(settings, "control")) is not None:
-        raise InputError(f"{settings.control} can be no control: {reason}")
-    asked = OF_TWO_MODELS & set(settings.only or ())
-    if apart is not None and asked:
-        raise InputError(f"There can be no {' and no '.join(sorted(asked))}: {apart}")
-    store = Store(out, log)
-    versions = _versions()
-    code = _code_fingerprint()
-    if join:
-        resolved = {"sizes": sizes, "receiver_sizes": receiver_sizes}
-        settings = _joined(settings, resolved, out / RESULTS, {"code": code, **versions})
-    labels = _labels(settings)
-    benches: dict[str, Bench] = {}
-    discoveries: dict[str, Discovery] = {}
-    drawn: dict[str, PairBatch] = {}
-    seeds: dict[str, int] = {}
-    models: Record = {}
-    for role, name in settings.models.items():
-        model = _load(settings, role)
+    check_device(settings.device)
+    with ExitStack() as held:
+        # Of several processes the first one has the folder, and tells the others if it can't.
+        from_first(lambda: held.enter_context(sole_worker(out, wait=wait, say=say)))
+        facts = {role: inspect(settings, role) for role in settings.sources}
+        head_counts = [facts[role].n_layers * facts[role].n_heads for role in settings.models]
+        sizes = resolve_sizes(settings, min(head_counts))
+        apart = _check_comparable(settings)
+        prints = {role: found.fingerprint for role, found in facts.items()}
+        from_first(lambda: check_same_study(out, settings, sizes, prints))
+        if join:
+            settings = from_first(lambda: joined(out, settings))
+        store = Store(out, log)
+        note_settings(store, settings, sizes, prints)
+        study = _Run(settings, facts, sizes, store, progress).study(apart)
+        if is_first():
+            _write(store, study, say)
+        return study.to_json()
+
+
+class _Run:
+    """One run of the main job.
+
+    Args:
+        settings: what to do.
+        facts: of each model, by role.
+        sizes: of the groups and of what is patched into.
+        store: keeps the steps.
+        progress: shows what goes on.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        facts: Mapping[str, Facts],
+        sizes: tuple[dict[str, int], dict[str, int]],
+        store: Store,
+        progress: Progress,
+    ) -> None:
+        self.settings, self.facts, self.store, self.progress = settings, facts, store, progress
+        self.sizes, self.receiver_sizes = sizes
+        self.versions = _versions()
+        self.seeds: dict[str, int] = {}
+        self.benches: dict[str, Bench] = {}
+        self.pairs: dict[str, PairBatch] = {}
+        self.models: dict[str, ModelFindings] = {}
+
+    def study(self, apart: str | None) -> Study:
+        """All that is asked for.
+
+        Args:
+            apart: why the models can't be compared; None if they can.
+        """
+        settings, names = self.settings, labels(self.settings)
+        for role in settings.models:
+            self.benches[role] = self._bench(role)
+            others = self.models if apart is None else {}
+            found = self._study_model(role, names[role], others)
+            if found.discovery is not None:
+                self.store.write(f"{role}_circuit.json", found.circuit.to_json())
+            elif apart is None:
+                apart = f"no circuit was found in {names[role]}."
+            self.models[role] = found
+        study = Study(
+            settings=settings,
+            sizes=self.sizes,
+            receiver_sizes=self.receiver_sizes,
+            seeds=self.seeds,
+            versions={**self.versions, "python": platform.python_version()},
+            models=self.models,
+            not_compared=apart,
+            same_circuit=self._compare() if apart is None else None,
+            control=None
+            if settings.control is None
+            else about(settings, "control", names["control"], self.facts["control"]),
+            cmap=self._transfers() if apart is None else {},
+        )
+        return dataclasses.replace(study, verdict=verdict(study))
+
+    def _bench(self, role: str) -> Bench:
+        settings = self.settings
+        model = load(settings, role)
         inputs = {
-            "model": facts[role].fingerprint,
-            "code": code,
-            "versions": {package: versions[package] for package in COMPUTING},
+            "model": self.facts[role].fingerprint,
+            "versions": {package: self.versions[package] for package in COMPUTING},
             "batch_size": settings.batch_size,
             "memory": settings.memory,
             "matmul_precision": settings.matmul_precision,
             "engine": settings.engine,
             "device": torch.device(model.cfg.device or "cpu").type,
+            # Prompts are shared out among the processes, which changes what is run together.
+            "processes": n_ranks(),
         }
-        bench = Bench(role, model, settings, sizes, receiver_sizes, inputs, store, progress, seeds)
-        others = {r: (d.circuit, models[r]) for r, d in discoveries.items() if apart is None}
-        models[role], found = _study_model(bench, others)
-        benches[role] = bench
-        models[role] |= {
-            "name": name,
-            "label": labels[role],
-            "adapter": settings.adapters[role],
-            "note": next(
-                (m.note for m in REGISTRY if m.name == name and not settings.adapters[role]), None
-            ),
-            "n_layers": facts[role].n_layers,
-            "n_heads": facts[role].n_heads,
-            "fingerprint": facts[role].fingerprint,
-        }
-        if found is not None:
-            discoveries[role], drawn[role] = found
-            store.write(f"{role}_circuit.json", discoveries[role].circuit.to_json())
-        elif apart is None:
-            apart = f"no circuit was found in {labels[role]}."
-    results: Record = {
-        "settings": {
-            **dataclasses.asdict(settings),
-            "sizes": {group: sizes[group] for group in GROUPS},
-            "receiver_sizes": receiver_sizes,
-        },
-        "seeds": seeds,
-        "versions": {**versions, "code": code, "python": platform.python_version()},
-        "models": models,
-        "not_compared": apart,
-        "same_circuit": None,
-        "control": None
-        if settings.control is None
-        else {
-            "name": settings.control,
-            "label": labels["control"],
-            "adapter": settings.control_adapter,
-            "fingerprint": facts["control"].fingerprint,
-        },
-        "cmap": {},
-    }
-    if apart is None:
-        base, tuned = benches["base"], benches["tuned"]
-        if settings.wants("comparison"):
-            results["same_circuit"] = compare_discoveries(
-                discoveries["base"],
-                discoveries["tuned"],
-                # Where each model has its own that it answers right, they differ.
-                paired=drawn["base"].same_as(drawn["tuned"]),
-                again=find_circuit_again(base) if settings.ceiling else None,
+        return Bench(
+            role,
+            model,
+            settings,
+            self.sizes,
+            self.receiver_sizes,
+            inputs,
+            self.store,
+            self.progress,
+            self.seeds,
+        )
+
+    def _study_model(
+        self, role: str, label: str, others: Mapping[str, ModelFindings]
+    ) -> ModelFindings:
+        """All experiments on one model, in order; accuracy alone if there is no ability to explain.
+
+        Args:
+            role: of the model.
+            label: what it is called.
+            others: what was found of models studied before it, with the same heads.
+        """
+        bench, settings = self.benches[role], self.settings
+        known = about(settings, role, label, self.facts[role])
+        accuracy = measure_accuracy(bench)
+        no_circuit = why_no_circuit(bench, accuracy)
+        if no_circuit is not None:
+            return ModelFindings(known, accuracy, no_circuit)
+        self.pairs[role], drawn = draw_pairs(bench)
+        discovery = find_circuit(bench, self.pairs[role], drawn)
+        return ModelFindings(
+            known,
+            accuracy,
+            None,
+            pairs=drawn,
+            discovery=discovery,
+            planted=settings.planted(role),
+            **_experiments(bench, discovery.circuit, others),
+        )
+
+    def _compare(self) -> Comparison | None:
+        """Heads that both circuits have, beside what the base's shares with itself, found again."""
+        base, tuned = (self.models[role].discovery for role in ("base", "tuned"))
+        if not self.settings.wants("comparison") or base is None or tuned is None:
+            return None
+        return compare(
+            base,
+            tuned,
+            # Where each model has its own that it answers right, they differ.
+            paired=self.pairs["base"].same_as(self.pairs["tuned"]),
+            again=find_circuit_again(self.benches["base"]) if self.settings.ceiling else None,
+        )
+
+    def _transfers(self) -> dict[str, Transfer]:
+        """Heads of each model in the other, and those of the control in the base, by name."""
+        if not self.settings.wants("cmap"):
+            return {}
+        base, tuned = self.benches["base"], self.benches["tuned"]
+        sources = [(base, "tuned", tuned.model), (tuned, "base", base.model)]
+        if self.settings.control is not None:
+            sources.append((base, "control", load(self.settings, "control")))
+        circuit, found = self.models["base"].circuit, dict[str, Transfer]()
+        for into, role, model in sources:
+            found[f"{role}_into_{into.role}"] = patch_from_other(
+                into, model, role, self.facts[role].fingerprint, circuit
             )
-        if settings.wants("cmap"):
-            sources = [(base, "tuned", tuned.model), (tuned, "base", base.model)]
-            if settings.control is not None:
-                sources.append((base, "control", _load(settings, "control")))
-            for into, role, model in sources:
-                record = patch_from_other(
-                    into, model, role, facts[role].fingerprint, discoveries["base"].circuit
-                )
-                results["cmap"][f"{role}_into_{into.role}"] = record
-            if "dcm" in models["tuned"]:
-                results["cmap"][AS_PUBLISHED] = patch_as_published(
-                    base,
-                    tuned.model,
-                    "tuned",
-                    facts["tuned"].fingerprint,
-                    discoveries["tuned"].circuit,
-                    models["tuned"]["dcm"],
-                )
-    results["verdict"] = verdict(results)
-    if is_first():
-        _write(store, results, say)
-    return results
+        theirs = self.models["tuned"]
+        if theirs.dcm is not None:
+            known = self.facts["tuned"].fingerprint
+            found[AS_PUBLISHED] = patch_as_published(
+                base, tuned.model, "tuned", known, theirs.circuit, theirs.dcm
+            )
+        return found
 
 
-@checked
-def inspect(settings: Settings, role: str) -> Facts:
-    """Load a model once to see that it is whole and fits the settings.
+def _experiments(
+    bench: Bench, circuit: Circuit, others: Mapping[str, ModelFindings]
+) -> dict[str, Any]:
+    """Those that are wanted on one model's circuit, by name."""
+    wants = bench.settings.wants
+    found: dict[str, Any] = {}
+    if wants("faithfulness"):
+        same_form = {role: other.circuit for role, other in others.items()}
+        found["faithfulness"] = measure_faithfulness(bench, circuit, same_form)
+    if wants("completeness"):
+        found["completeness"] = measure_completeness(bench, circuit)
+    if wants("minimality"):
+        found["minimality"] = measure_minimality(bench, circuit)
+    if wants("attention"):
+        found["attention"] = look_at_attention(bench, circuit)
+    if wants("dcm") or wants("information"):
+        found["dcm"] = learn_what_groups_carry(bench, circuit)
+    if wants("information"):
+        carried = {"own": patch_what_groups_carry(bench, circuit, found["dcm"], bench.role)}
+        for role, other in others.items():
+            if other.dcm is not None:
+                carried[role] = patch_what_groups_carry(bench, other.circuit, other.dcm, role)
+        found["information"] = carried
+    if wants("knockout"):
+        found["knockout"] = knock_out_flow(bench)
+    return found
+
+
+def _check_comparable(settings: Settings) -> str | None:
+    """Why the models can't be compared; None if they can.
 
     Raises:
-        InputError: if it can't be loaded, or can't take prompts of so many boxes.
+        InputError: if they must be, for what is asked for.
     """
-    model, name = _load(settings, role), settings.sources[role]
-    try:
-        pairs = discovery_pairs(own_tokenizer(model), 1, n_boxes=settings.boxes, seed=settings.seed)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    length = pairs.clean.tokens.shape[1]
-    if length > model.cfg.n_ctx:
-        raise InputError(
-            f"{name} takes prompts of {model.cfg.n_ctx} tokens; {settings.boxes} boxes need "
-            f"{length}. Ask for fewer boxes."
-        )
-    return Facts(model.cfg.n_layers, model.cfg.n_heads, model_fingerprint(model))
+    apart = why_apart(settings, "tuned")
+    if settings.control is not None and (reason := why_apart(settings, "control")) is not None:
+        raise InputError(f"{settings.control} can be no control: {reason}")
+    asked = OF_TWO_MODELS & set(settings.only or ())
+    if apart is not None and asked:
+        raise InputError(f"There can be no {' and no '.join(sorted(asked))}: {apart}")
+    return apart
 
 
-def _why_apart(settings: Settings, role: str) -> str | None:
-    """Why nothing of the other model can be put into the base; None if it can."""
-    if role not in settings.sources:
-        return "there is one model alone."
-    try:
-        check_same_architecture(_load(settings, "base"), _load(settings, role))
-    except InputError as error:
-        return str(error)
-    return None
-
-
-@checked
-def model_fingerprint(model: HookedTransformer) -> str:
-    """Hash of all that makes a model compute what it does: weights, configuration, vocabulary."""
-    found = hashlib.sha256()
-    config = {k: str(v) for k, v in model.cfg.to_dict().items() if k != "device"}
-    vocabulary = own_tokenizer(model).get_vocab()
-    found.update(fingerprint({"config": config, "vocabulary": vocabulary}).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        found.update(name.encode())
-        data = parameter.detach().cpu().contiguous().reshape(-1)
-        found.update(data.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _joined(
-    settings: Settings, resolved: Record, before: Path, versions: dict[str, str]
-) -> Settings:
-    """The settings, asking also for what earlier results of the same settings hold."""
-    try:
-        earlier = json.loads(before.read_text(encoding="utf-8"))
-        theirs, their_versions = dict(earlier["settings"]), earlier["versions"]
-        their_only = theirs["only"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return settings
-    ours = json.loads(to_json({**dataclasses.asdict(settings), **resolved}))
-    for shown in ("only", "png"):
-        ours.pop(shown)
-        theirs.pop(shown, None)
-    same_code = all(their_versions.get(name) == version for name, version in versions.items())
-    if ours != theirs or not same_code or settings.only is None:
-        return settings
-    both = None if their_only is None else tuple(dict.fromkeys([*their_only, *settings.only]))
-    return dataclasses.replace(settings, only=both)
-
-
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"The device {device} can't be used: {reason}") from None
-
-
-def _load(settings: Settings, role: str) -> HookedTransformer:
-    return load_model(
-        settings.sources[role],
-        adapter=settings.adapters[role],
-        dtype=settings.dtype,
-        device=settings.device,
-    )
-
-
-def _labels(settings: Settings) -> dict[str, str]:
-    """Names to show: the last part of a path, where that tells the models apart."""
-
-    def joined(shorten: Callable[[str], str]) -> dict[str, str]:
-        parts = {role: (name, settings.adapters[role]) for role, name in settings.sources.items()}
-        return {role: " + ".join(map(shorten, filter(None, both))) for role, both in parts.items()}
-
-    short = joined(lambda name: Path(name).name or name)
-    return short if len(set(short.values())) == len(short) else joined(str)
-
-
-def _study_model(
-    bench: Bench, others: dict[str, tuple[Circuit, Record]]
-) -> tuple[Record, tuple[Discovery, PairBatch] | None]:
-    """All experiments on one model, in order; accuracy alone if there is no ability to explain.
-    Also its circuit, and the pairs it was found from.
-
-    Args:
-        bench: the model.
-        others: circuits and records of models studied before it, with the same heads.
-    """
-    wants = bench.settings.wants
-    record: Record = {"accuracy": measure_accuracy(bench), "planted": None}
-    record["no_circuit"] = why_no_circuit(bench, record["accuracy"])
-    if record["no_circuit"] is not None:
-        return record, None
-    pairs, record["pairs"] = draw_pairs(bench)
-    discovery, record["discovery"] = find_circuit(bench, pairs, record["pairs"])
-    circuit = discovery.circuit
-    record["circuit"] = groups_record(circuit)
-    if wants("faithfulness"):
-        same_form = {role: other for role, (other, _) in others.items()}
-        record["faithfulness"] = measure_faithfulness(bench, circuit, same_form)
-    if wants("completeness"):
-        record["completeness"] = measure_completeness(bench, circuit)
-    if wants("minimality"):
-        record["minimality"] = measure_minimality(bench, circuit)
-    if wants("attention"):
-        record["attention"] = look_at_attention(bench, circuit)
-    if wants("dcm") or wants("information"):
-        record["dcm"] = learn_what_groups_carry(bench, circuit)
-    if wants("information"):
-        carried = {"own": patch_what_groups_carry(bench, circuit, record["dcm"], bench.role)}
-        for role, (other, known) in others.items():
-            carried[role] = patch_what_groups_carry(bench, other, known["dcm"], role)
-        record["information"] = carried
-    if wants("knockout"):
-        record["knockout"] = knock_out_flow(bench)
-    known = bench.settings.planted(bench.role)
-    record["planted"] = None if known is None else compare_with_planted(circuit, known)
-    return record, (discovery, pairs)
-
-
-def _write(store: Store, results: Record, say: Callable[[str], object]) -> None:
-    figures = {**figures_of(results), **mechanism_figures(results)}
-    for name, table in tables_of(results).items():
+def _write(store: Store, study: Study, say: Callable[[str], object]) -> None:
+    figures = {**figures_of(study), **mechanism_figures(study)}
+    tables = tables_of(study)
+    for name, table in tables.items():
         store.write(f"tables/{name}.csv", table.to_csv(index=False))
         store.write(f"tables/{name}.md", to_markdown(table))
     store.write(f"figures/{plotly_script().name}", plotly_script().read_bytes())
     for name, figure in figures.items():
         store.write(f"figures/{name}.html", figure_page(figure, name))
-    problem = _draw(store, figures) if results["settings"]["png"] else None
+    problem = _draw(store, figures) if study.settings.png else None
     if problem is not None:
         say(problem)
-    text = to_json(results)
+    stages = {
+        f"{role}_{group}": figure
+        for role in study.with_circuit
+        for group, figure in single_heatmaps(study, role).items()
+    }
+    text = to_json(study.to_json())
     # From the text, so that the page shows exactly what the file holds.
-    store.write(REPORT, render_report(text, figures, problem))
+    store.write(REPORT, render_report(text, {**figures, **stages}, problem, tables=tables))
+    store.write(STUDY, pack(study))
     store.write(RESULTS, text)
 
 
@@ -394,17 +354,3 @@ def _versions() -> dict[str, str]:
             return "not installed"
 
     return {package: version(package) for package in PACKAGES}
-
-
-def _code_fingerprint() -> str:
-    """Hash of this package's sources: no outcome of other code is taken for this code's."""
-    package = Path(__file__).parent.parent
-    # How results are shown and models are trained changes no outcome.
-    shown = {package / "cli.py", package / "__main__.py"}
-    shown |= {package / "study" / name for name in ("report.py", "figures.py", "published.py")}
-    found = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        if path not in shown and path.parent.name not in ("training", "plots"):
-            found.update(path.relative_to(package).as_posix().encode())
-            found.update(path.read_bytes())
-    return found.hexdigest()

@@ -2,29 +2,56 @@
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as tensors_to_bytes
+from jaxtyping import Shaped
 from torch import Tensor
 
+from tl_entity.errors import InputError
 from tl_entity.output import check_writable, write_atomically
 from tl_entity.ranks import from_first, is_first
+from tl_entity.results import FORMAT, Result, pack, plain, read_header
 
 Record = dict[str, Any]
-"""What a step found: plain JSON."""
+"""Plain JSON."""
 
 Outcome = tuple[Record, dict[str, Tensor]]
-"""A step's record and its tensors."""
-
-INFINITE = "infinite"
-"""Stands for infinity in a record."""
+"""A record and tensors."""
 
 RESULTS, REPORT, TIMINGS, STEPS = "results.json", "report.html", "timings.json", "steps"
+
+Found = TypeVar("Found", bound=Result)
+
+
+@dataclass(frozen=True)
+class Step(Generic[Found]):
+    """What a kind of step gives.
+
+    Attributes:
+        kind: the class of the result.
+        version: raised when the same inputs give other numbers than before. Nothing else that is
+            changed in this program makes a finished step be done again.
+    """
+
+    kind: type[Found]
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Noted(Result):
+    """A record and tensors, for steps that no method has a class for.
+
+    Attributes:
+        text: the record as JSON.
+        tensors: the tensors.
+    """
+
+    text: str
+    tensors: Mapping[str, Shaped[Tensor, "..."]]
 
 
 def with_circuit(models: Mapping[str, Record]) -> dict[str, Record]:
@@ -34,24 +61,21 @@ def with_circuit(models: Mapping[str, Record]) -> dict[str, Record]:
 
 def to_json(content: object) -> str:
     """JSON with sorted keys and a line for each entry but the innermost lists; NaN becomes null."""
-    return _indented(_plain(content), 0) + "\n"
+    return _indented(plain(content), 0) + "\n"
 
 
 def fingerprint(content: object) -> str:
     """A hash of plain content, the same whatever the order of keys."""
-    return hashlib.sha256(json.dumps(_plain(content), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
-def number_record(number: float) -> float | str:
-    """A number that may be infinite, for which JSON has none."""
-    return INFINITE if number == math.inf else number
-
-
-def read_number(recorded: float | str | None) -> float:
-    """What `number_record` wrote; NaN for what became null."""
-    if recorded is None:
-        return math.nan
-    return math.inf if recorded == INFINITE else float(recorded)
+def read_record(path: Path) -> Record:
+    """A JSON file that holds an object; an empty one where there is none, or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class Store:
@@ -72,47 +96,38 @@ class Store:
         self._steps = folder / STEPS
         self._steps.mkdir(parents=True, exist_ok=True)
 
-    def step(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Outcome]) -> Outcome:
-        """What `compute` finds, taken from the folder if it was found from the same inputs before.
+    def result(
+        self, name: str, step: Step[Found], inputs: Mapping[str, Any], compute: Callable[[], Found]
+    ) -> Found:
+        """What `compute` gives, taken from the folder if it was found from the same inputs before.
 
         Args:
-            name: of the step, and of its files.
-            inputs: everything that the outcome depends on, as plain values.
+            name: of the step, and of its file.
+            step: what it gives.
+            inputs: everything that the result depends on, as plain values.
             compute: does the work.
         """
-        key = fingerprint({"step": name, **inputs})
+        key = fingerprint({"step": name, "version": step.version, **inputs})
         # Of several processes the first one reads and writes, so that all go the same way.
-        found = from_first(lambda: self._find(name, key))
+        found = from_first(lambda: self._find(name, step.kind, key))
         if found is not None:
             self._log(f"{name}: found finished")
             return found
         start = time.perf_counter()
-        record, tensors = compute()
+        computed = compute()
         seconds = time.perf_counter() - start
         self._log(f"{name}: {seconds:.1f} s")
-        return from_first(lambda: self._keep(name, key, record, tensors, seconds))
+        return from_first(lambda: self._keep(name, step.kind, key, computed, seconds))
 
-    def _keep(
-        self, name: str, key: str, record: Record, tensors: dict[str, Tensor], seconds: float
-    ) -> Outcome:
-        # What was made from the step's earlier outcome no longer holds.
-        for derived in (RESULTS, REPORT):
-            (self.folder / derived).unlink(missing_ok=True)
-        self._note_time(name, seconds)
-        data = tensors_to_bytes({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
-        content = {
-            "key": key,
-            "tensors": hashlib.sha256(data).hexdigest() if tensors else None,
-            "record": record,
-        }
-        # The record comes last: it vouches for the tensors.
-        if tensors:
-            write_atomically(self._steps / f"{name}.safetensors", data)
-        write_atomically(self._steps / f"{name}.json", to_json(content))
-        found = self._find(name, key)
-        if found is None:
-            raise OSError(f"{self._steps / name} could not be read back.")
-        return found
+    def step(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Outcome]) -> Outcome:
+        """The same for a plain record and tensors."""
+
+        def noted() -> Noted:
+            record, tensors = compute()
+            return Noted(json.dumps(plain(record)), tensors)
+
+        found = self.result(name, Step(Noted), inputs, noted)
+        return json.loads(found.text), dict(found.tensors)
 
     def write(self, name: str, content: bytes | str) -> Path:
         """Write a file below the folder; of several processes only the first one does."""
@@ -122,38 +137,26 @@ class Store:
             write_atomically(path, content)
         return path
 
-    def _find(self, name: str, key: str) -> Outcome | None:
-        try:
-            content = json.loads((self._steps / f"{name}.json").read_text(encoding="utf-8"))
-            if content["key"] != key:
-                return None
-            if content["tensors"] is None:
-                return content["record"], {}
-            data = (self._steps / f"{name}.safetensors").read_bytes()
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if hashlib.sha256(data).hexdigest() != content["tensors"]:
-            return None
-        return content["record"], load_tensors(data)
-
-    def _note_time(self, name: str, seconds: float) -> None:
+    def _keep(self, name: str, kind: type[Found], key: str, found: Found, seconds: float) -> Found:
+        write_atomically(self._path(name), pack(found, key=key))
         # Apart from the results, which are the same bytes however long they took.
-        path = self.folder / TIMINGS
+        times = read_record(self.folder / TIMINGS)
+        write_atomically(self.folder / TIMINGS, to_json({**times, name: round(seconds, 3)}))
+        return kind.load(self._path(name))
+
+    def _find(self, name: str, kind: type[Found], key: str) -> Found | None:
+        path = self._path(name)
         try:
-            times = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            times = {}
-        write_atomically(path, to_json({**times, name: round(seconds, 3)}))
+            header = read_header(path)
+            # Files of before are read without a hash, and a step is not believed without one.
+            if (header.get("format"), header.get("key")) != (FORMAT, key):
+                return None
+            return kind.load(path)
+        except InputError:
+            return None
 
-
-def _plain(content: object) -> object:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    return content
+    def _path(self, name: str) -> Path:
+        return self._steps / f"{name}.safetensors"
 
 
 def _indented(content: object, depth: int) -> str:

@@ -1,16 +1,15 @@
-"""Every experiment as a table: data frames made from the content of results.json."""
+"""Every experiment as a table: the results' own data frames, for all models together."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tl_entity.heads import Head
-from tl_entity.study.settings import GROUPS
-from tl_entity.study.store import with_circuit
+from tl_entity.results import INFINITE, Result
+from tl_entity.study.experiment_results import Transfer
+from tl_entity.study.results import ModelFindings, Study
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Row = dict[str, Any]
 
 CONTROL = "control_into_base"
 """CMAP with the heads of the control, among the results."""
@@ -18,50 +17,54 @@ CONTROL = "control_into_base"
 AS_PUBLISHED = "tuned_into_base_as_published"
 """CMAP with the heads that the paper patches, among the results."""
 
+COLUMNS: Mapping[str, str] = {
+    "accuracy": "boxes correct prompts accuracy low high",
+    "circuits": "group position head score",
+    "faithfulness": "ablation kept correct prompts accuracy low high "
+    "faithfulness faithfulness_low faithfulness_high",
+    "masks": "group desideratum sparsity seed chosen candidates selected validation_accuracy "
+    "correct prompts accuracy low high with_all_candidates with_none",
+    "carries": "heads_of group desideratum heads correct prompts=n_pairs accuracy low high draws",
+    "completeness": "removed heads circuit_without=circuit_accuracy circuit_loses=circuit_loss "
+    "model_without=model_accuracy model_loses=model_loss "
+    "difference low=difference_low high=difference_high",
+    "minimality": "ablation group head removed_first=removed accuracy_then=without_removed "
+    "and_without_the_head=without_head minimality=score low high kept",
+    "knockout": "from=from_position to=to_position first_layer "
+    "correct prompts=n_prompts accuracy low high control=control_accuracy",
+    "cmap": "patch group correct prompts=n_prompts accuracy low high "
+    "gain recovered recovered_low recovered_high",
+    "comparison": "group base=base_heads tuned=tuned_heads shared shared_by_chance=chance_shared "
+    "p_value precision recall jaccard jaccard_by_chance=chance_jaccard "
+    "jaccard_by_chance_low=chance_jaccard_low jaccard_by_chance_high=chance_jaccard_high "
+    "rank_correlation=correlation ceiling_shared ceiling_jaccard",
+}
+"""The columns of each table; behind =, the results' own name of one that has another."""
 
-def tables_of(results: Mapping[str, Any]) -> dict[str, "pd.DataFrame"]:
+
+def tables_of(study: Study) -> dict[str, "pd.DataFrame"]:
     """All tables by file name; a table that would be empty is left out."""
     import pandas as pd
 
-    models = results["models"]
-    rows: dict[str, list[Row]] = {
-        "accuracy": [
-            {"model": model["label"], "boxes": int(boxes), **_share(found)}
-            for model in models.values()
-            for boxes, found in sorted(model["accuracy"].items(), key=lambda item: int(item[0]))
-        ],
-        "circuits": [
-            row for found in with_circuit(models).values() for row in _circuit_rows(found)
-        ],
-        **{
-            name: [row for model in models.values() if key in model for row in rows_of(model)]
-            for name, (key, rows_of) in _OF_A_MODEL.items()
-        },
-        "cmap": [
-            row
-            for name, record in results["cmap"].items()
-            if name not in (CONTROL, AS_PUBLISHED)
-            for row in _cmap_rows(labels_of(results), record)
-        ],
-        **{
-            f"cmap_{name}": _cmap_rows(labels_of(results), results["cmap"][name])
-            for name in (CONTROL, AS_PUBLISHED)
-            if name in results["cmap"]
-        },
-        "comparison": _comparison_rows(results["same_circuit"]),
-        "verdict": [
-            {key: finding[key] for key in ("question", "answer", "text")}
-            for finding in results["verdict"]
-        ],
+    frames: dict[str, list[pd.DataFrame]] = {}
+    for model in study.models.values():
+        for name, frame in _frames(model).items():
+            frames.setdefault(name, []).append(_shown(name, frame, model=model.label))
+    for name, transfer in study.cmap.items():
+        table = f"cmap_{name}" if name in (CONTROL, AS_PUBLISHED) else "cmap"
+        frames.setdefault(table, []).append(_transfer(study, transfer))
+    if study.same_circuit is not None:
+        frames["comparison"] = [_shown("comparison", study.same_circuit.to_dataframe())]
+    if study.verdict:
+        rows = [{"question": f.question, "answer": f.answer, "text": f.text} for f in study.verdict]
+        frames["verdict"] = [pd.DataFrame(rows)]
+    order = [*COLUMNS, *(name for name in frames if name not in COLUMNS)]
+    tables = {
+        name: pd.concat(some, ignore_index=True)
+        for name in order
+        if (some := [frame for frame in frames.get(name, ()) if len(frame)])
     }
-    return {name: pd.DataFrame(some) for name, some in rows.items() if some}
-
-
-def labels_of(results: Mapping[str, Any]) -> dict[str, str]:
-    """What each model is called, by its role; the control, too, if there is one."""
-    labels = {role: model["label"] for role, model in results["models"].items()}
-    control = results["control"]
-    return labels if control is None else labels | {"control": control["label"]}
+    return {name: _writable(table) for name, table in tables.items()}
 
 
 def to_markdown(table: "pd.DataFrame") -> str:
@@ -80,65 +83,9 @@ def to_markdown(table: "pd.DataFrame") -> str:
     return "\n".join(lines) + "\n"
 
 
-def heads_text(heads: list[list[int]]) -> str:
-    """`L1H0 L2H3`."""
-    return " ".join(str(Head(*head)) for head in heads)
-
-
-def _share(found: Mapping[str, Any]) -> Row:
-    low, high = found["interval"]
-    return {
-        "correct": found["correct"],
-        "prompts": found["prompts"],
-        "accuracy": found["accuracy"],
-        "low": low,
-        "high": high,
-    }
-
-
-def _circuit_rows(model: Mapping[str, Any]) -> list[Row]:
-    return [
-        {
-            "model": model["label"],
-            "group": group,
-            "position": model["discovery"][group]["position"],
-            "head": str(Head(*head)),
-            "score": model["discovery"][group]["scores"][head[0]][head[1]],
-        }
-        for group in GROUPS
-        for head in model["circuit"][group]
-    ]
-
-
-def _faithfulness_rows(model: Mapping[str, Any]) -> list[Row]:
-    found = model["faithfulness"]
-    rows = [
-        {
-            "model": model["label"],
-            "ablation": "none",
-            "kept": "everything",
-            **_share(found["model"]),
-        }
-    ]
-    for ablation, kept, score in scores_by_ablation(found):
-        low, high = score["interval"]
-        rows.append(
-            {
-                "model": model["label"],
-                "ablation": ablation,
-                "kept": kept,
-                **_share(score["circuit"]),
-                "faithfulness": score["faithfulness"],
-                "faithfulness_low": low,
-                "faithfulness_high": high,
-            }
-        )
-    return rows
-
-
 def scores_by_ablation(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """What is left of a model, under the ablation that was asked for and the paper's: the ablation,
-    what is kept, and its faithfulness."""
+    """Of a model's faithfulness in results.json: each ablation, what is kept of the model, and its
+    faithfulness."""
     return [
         (ablation, kept, score)
         for ablation, part in {found["ablation"]: found, "index": found["by_index"]}.items()
@@ -150,153 +97,55 @@ def scores_by_ablation(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping
     ]
 
 
-def _mask_rows(model: Mapping[str, Any]) -> list[Row]:
-    return [
-        {
-            "model": model["label"],
-            "group": mask["group"],
-            "desideratum": mask["desideratum"],
-            "sparsity": mask["sparsity"],
-            "seed": mask["seed"],
-            "chosen": mask["chosen"],
-            "candidates": len(mask["candidates"]),
-            "selected": heads_text(mask["selected"]),
-            "validation_accuracy": mask["validation_accuracy"],
-            **_share(mask["test"]),
-            "with_all_candidates": mask["test_of_all"]["accuracy"],
-            "with_none": mask["test_of_none"]["accuracy"],
-        }
-        for mask in model["dcm"]["masks"]
-    ]
+def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:
+    """The data frames of one model's results, by the table they go into."""
+    import pandas as pd
+
+    results: dict[str, Result | None] = {
+        "accuracy": model.accuracy,
+        "faithfulness": model.faithfulness,
+        "masks": model.dcm,
+        "minimality": model.minimality,
+    }
+    frames = {name: found.to_dataframe() for name, found in results.items() if found is not None}
+    if model.completeness is not None:
+        rows = model.completeness.to_dataframe()
+        frames["completeness"] = rows.replace({"removed": {"": "nothing"}})
+    if model.discovery is not None:
+        frames["circuits"] = model.discovery.table(None)
+    if model.information:
+        carried = [
+            found.to_dataframe().assign(heads_of=heads)
+            for heads, found in model.information.items()
+        ]
+        frames["carries"] = pd.concat(carried, ignore_index=True)
+    if model.knockout is not None:
+        # The whole model, in a row without a layer, is among the accuracies.
+        frames["knockout"] = model.knockout.to_dataframe().dropna(subset="first_layer")
+    return frames
 
 
-def _carries_rows(model: Mapping[str, Any]) -> list[Row]:
-    return [
-        {
-            "model": model["label"],
-            "heads_of": heads,
-            "group": entry["group"],
-            "desideratum": entry["desideratum"],
-            "heads": heads_text(entry["heads"]),
-            **_share(entry),
-            "draws": len(entry["draws"]),
-        }
-        for heads, record in model["information"].items()
-        for entry in record["entries"]
-    ]
+def _transfer(study: Study, transfer: Transfer) -> "pd.DataFrame":
+    # Both models alone come first, and are among the accuracies.
+    patched = transfer.to_dataframe().iloc[2:]
+    labels = study.labels
+    of = {"into": labels[transfer.into_role], "from": labels[transfer.from_role]}
+    return _shown("cmap", patched, **of)
 
 
-def _completeness_rows(model: Mapping[str, Any]) -> list[Row]:
-    return [
-        {
-            "model": model["label"],
-            "removed": entry["removed"],
-            "heads": "; ".join(f"{at}: {heads_text(h)}" for at, h in entry["heads"].items()),
-            "circuit_without": entry["circuit"]["accuracy"],
-            "circuit_loses": entry["circuit_loss"],
-            "model_without": entry["model"]["accuracy"],
-            "model_loses": entry["model_loss"],
-            "difference": entry["difference"],
-            "low": entry["difference_interval"][0],
-            "high": entry["difference_interval"][1],
-        }
-        for entry in model["completeness"]["entries"]
-    ]
+def _shown(name: str, frame: "pd.DataFrame", **first: str) -> "pd.DataFrame":
+    """The columns that a table has, those that say whose it is first."""
+    named = [column.partition("=") for column in COLUMNS[name].split()]
+    columns = {own: theirs or own for own, _, theirs in named if (theirs or own) in frame}
+    shown = frame.loc[:, list(columns.values())].set_axis(list(columns), axis=1)
+    for place, (column, value) in enumerate(first.items()):
+        shown.insert(place, column, value)
+    return shown
 
 
-def _minimality_rows(model: Mapping[str, Any]) -> list[Row]:
-    found = model["minimality"]
-    return [
-        {
-            "model": model["label"],
-            "ablation": part["ablation"],
-            "group": entry["group"],
-            "head": str(Head(*entry["head"])),
-            "removed_first": heads_text(entry["removed"]),
-            "accuracy_then": entry["without_removed"]["accuracy"],
-            "and_without_the_head": entry["without_head"]["accuracy"],
-            "minimality": entry["score"],
-            "low": entry["interval"][0],
-            "high": entry["interval"][1],
-            "kept": entry["kept"],
-        }
-        for part in {found["ablation"]: found, "index": found["by_index"]}.values()
-        for entry in part["entries"]
-    ]
-
-
-def _knockout_rows(model: Mapping[str, Any]) -> list[Row]:
-    return [
-        {
-            "model": model["label"],
-            "from": curve["from"],
-            "to": curve["to"],
-            "first_layer": layer,
-            **_share(found),
-            "control": curve["control"]["mean"][layer],
-        }
-        for curve in model["knockout"]["curves"]
-        for layer, found in enumerate(curve["layers"])
-    ]
-
-
-def _cmap_rows(labels: Mapping[str, str], record: Mapping[str, Any]) -> list[Row]:
-    into, source = labels[record["into_role"]], labels[record["from_role"]]
-    return [
-        {
-            "into": into,
-            "from": source,
-            "patch": entry["patch"],
-            "group": entry["group"],
-            **_share(entry),
-            "gain": entry["gain"],
-            "recovered": entry["recovered"],
-            "recovered_low": entry["recovered_interval"][0],
-            "recovered_high": entry["recovered_interval"][1],
-        }
-        for entry in record["entries"]
-    ]
-
-
-def _comparison_rows(same: Mapping[str, Any] | None) -> list[Row]:
-    if same is None:
-        return []
-    parts = {**same["groups"], "whole circuit": same["whole"]}
-    return [
-        {
-            "group": name,
-            "base": found["first"],
-            "tuned": found["second"],
-            "shared": len(found["shared"]),
-            "shared_by_chance": found["shared_by_chance"],
-            "p_value": found["p_value"],
-            "precision": found["precision"],
-            "recall": found["recall"],
-            "jaccard": found["jaccard"],
-            "jaccard_by_chance": found["jaccard_by_chance"],
-            "jaccard_by_chance_low": found["jaccard_by_chance_interval"][0],
-            "jaccard_by_chance_high": found["jaccard_by_chance_interval"][1],
-            "rank_correlation": found["rank_correlation"],
-            **_ceiling_columns(same, name),
-        }
-        for name, found in parts.items()
-    ]
-
-
-def _ceiling_columns(same: Mapping[str, Any], name: str) -> Row:
-    """What the base's circuit shares with itself, found again; nothing if it was not."""
-    if same.get("ceiling") is None:
-        return {}
-    again = {**same["ceiling"]["groups"], "whole circuit": same["ceiling"]["whole"]}[name]
-    return {"ceiling_shared": len(again["shared"]), "ceiling_jaccard": again["jaccard"]}
-
-
-_OF_A_MODEL: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[Row]]]] = {
-    "faithfulness": ("faithfulness", _faithfulness_rows),
-    "masks": ("dcm", _mask_rows),
-    "carries": ("information", _carries_rows),
-    "completeness": ("completeness", _completeness_rows),
-    "minimality": ("minimality", _minimality_rows),
-    "knockout": ("knockout", _knockout_rows),
-}
-"""Tables of single models: the experiment that each is made from, and how."""
+def _writable(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Infinity by its name, which every program reads."""
+    for column in table.select_dtypes("float").columns:
+        if (table[column] == math.inf).any():
+            table[column] = table[column].astype(object).where(table[column] != math.inf, INFINITE)
+    return table

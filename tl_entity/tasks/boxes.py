@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.output import write_atomically
 from tl_entity.tasks.batches import PromptBatch
 from tl_entity.tasks.marked import MarkedText, Span, one_token_words, tokenize_marked
 from tl_entity.tasks.nouns import OBJECTS
@@ -144,7 +145,7 @@ def box_dataset(prompts: Iterable[BoxPrompt]) -> "Dataset":
 def save_prompts(prompts: Iterable[BoxPrompt], path: str | Path) -> None:
     """Write one `{"sentence": ...}` a line."""
     lines = [json.dumps({"sentence": prompt.sentence}) + "\n" for prompt in prompts]
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, "".join(lines))
 
 
 @checked

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.output import unfinished
 from tl_entity.training.box_task import logits_at
 from tl_entity.training.finetune_settings import FinetuneSettings
 from tl_entity.training.skills import choose_kinds, skill_batch
@@ -100,8 +101,7 @@ class AdapterTrainer:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as peft does; the folder is there whole or not at all."""
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        part = unfinished(folder)
         self._adapted.save_pretrained(part, save_embedding_layers=False)
         (part / "README.md").unlink(missing_ok=True)  # an empty form
         file = part / "adapter_config.json"

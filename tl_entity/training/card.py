@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tl_entity.output import write_atomically
 from tl_entity.stats import wilson_interval
 from tl_entity.training.guidance import PLANTED
 from tl_entity.training.texts import N_BOXES
@@ -22,7 +23,7 @@ def write_cards(out: Path, pairs: Sequence[Figures]) -> None:
         pairs: figures of this pair, then of pairs trained from other seeds, to stand beside.
     """
     for name in ("base", "tuned"):
-        (out / name / "README.md").write_text(_card(name, pairs), encoding="utf-8")
+        write_atomically(out / name / "README.md", _card(name, pairs))
 
 
 def _card(name: str, pairs: Sequence[Figures]) -> str:

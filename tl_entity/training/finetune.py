@@ -15,7 +15,7 @@ from tl_entity.models.bridge import transformers_model
 from tl_entity.models.load import DTYPES, find_checkpoint, usable_device
 from tl_entity.models.registry import registered
 from tl_entity.models.tokenizers import fit_to_vocabulary
-from tl_entity.output import check_writable
+from tl_entity.output import sole_worker
 from tl_entity.training.adapter import AdapterTrainer
 from tl_entity.training.box_task import BoxTask, Evaluation
 from tl_entity.training.finetune_settings import FinetuneSettings
@@ -66,6 +66,7 @@ def finetune(
     token: str | None = None,
     local_files_only: bool = False,
     progress: Count = lambda steps, note: None,
+    wait: bool = False,
 ) -> Finetuned:
     """Train a LoRA adapter on texts without boxes, and measure the box task along the way.
 
@@ -86,10 +87,11 @@ def finetune(
         token: as for `load_model`.
         local_files_only: as for `load_model`.
         progress: told of finished steps, those of an earlier call included.
+        wait: wait for another process that works in the folder, instead of giving up.
 
     Raises:
-        InputError: if peft is not installed, the folder can't be written or holds a run of other
-            settings, or the model can't be used for this.
+        InputError: if peft is not installed, the folder can't be written, holds a run of other
+            settings or is being worked in by another process, or the model can't be used for this.
     """
     settings = settings or FinetuneSettings()
     _check_peft()
@@ -99,40 +101,39 @@ def finetune(
         "device": torch.device(place).type,
         **settings.to_json(),
     }
-    check_writable(out)
-    state = FinetuneState.read(out, inputs)
-    if state.is_finished:
+    with sole_worker(out, wait=wait):
+        state = FinetuneState.read(out, inputs)
+        if state.is_finished:
+            progress(state.step, state.note)
+            return _finish(out, state)
+        entry = registered(base)
+        if entry is not None and entry.adapter is not None:
+            raise InputError(
+                f"{base} is a base with an adapter of its own; merge the two and give the folder."
+            )
+        access = {"revision": revision, "token": token, "local_files_only": local_files_only}
+        checkpoint = find_checkpoint(base, gguf_file, **access)
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            raise InputError(f"{checkpoint.place} has no tokenizer, and texts need one.")
+        fit_to_vocabulary(
+            tokenizer, checkpoint.config.vocab_size, f"The tokenizer of {checkpoint.place}"
+        )
+        task = BoxTask.sample(tokenizer, settings.prompts, n_boxes=settings.boxes)
+        longest: int = getattr(checkpoint.config, "max_position_embeddings", 1 << 30)
+        if task.batch.tokens.shape[1] > longest:
+            raise InputError(
+                f"{checkpoint.place} takes {longest} tokens; prompts of {settings.boxes} boxes "
+                f"have {task.batch.tokens.shape[1]}. Ask for fewer boxes."
+            )
+        _check_words(tokenizer, settings)
+        model = transformers_model(checkpoint, None, DTYPES[settings.dtype], place)
+        trainer = AdapterTrainer(model, tokenizer, settings, inputs["base"], longest)
+        if state.tensors:
+            trainer.restore(state.tensors)
         progress(state.step, state.note)
+        _run(trainer, task, settings, state, out, progress)
         return _finish(out, state)
-    entry = registered(base)
-    if entry is not None and entry.adapter is not None:
-        raise InputError(
-            f"{base} is a base with an adapter of its own; merge the two and give the folder."
-        )
-    access = {"revision": revision, "token": token, "local_files_only": local_files_only}
-    checkpoint = find_checkpoint(base, gguf_file, **access)
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{checkpoint.place} has no tokenizer, and texts need one.")
-    fit_to_vocabulary(
-        tokenizer, checkpoint.config.vocab_size, f"The tokenizer of {checkpoint.place}"
-    )
-    task = BoxTask.sample(tokenizer, settings.prompts, n_boxes=settings.boxes)
-    longest: int = getattr(checkpoint.config, "max_position_embeddings", 1 << 30)
-    if task.batch.tokens.shape[1] > longest:
-        raise InputError(
-            f"{checkpoint.place} takes {longest} tokens; prompts of {settings.boxes} boxes have "
-            f"{task.batch.tokens.shape[1]}. Ask for fewer boxes."
-        )
-    _check_words(tokenizer, settings)
-    model = transformers_model(checkpoint, None, DTYPES[settings.dtype], place)
-    trainer = AdapterTrainer(model, tokenizer, settings, inputs["base"], longest)
-    if state.tensors:
-        trainer.restore(state.tensors)
-    out.mkdir(parents=True, exist_ok=True)
-    progress(state.step, state.note)
-    _run(trainer, task, settings, state, out, progress)
-    return _finish(out, state)
 
 
 def _run(

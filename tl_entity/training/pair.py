@@ -13,6 +13,7 @@ from tl_entity.errors import InputError
 from tl_entity.methods.discovery import discover_circuit
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import PLANTED_FILE
+from tl_entity.output import write_atomically
 from tl_entity.tasks.pairs import discovery_pairs
 from tl_entity.training.card import write_cards
 from tl_entity.training.guidance import PLANTED
@@ -104,7 +105,7 @@ def train_default_pair(
             (scratch / name).rename(out / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    (out / FIGURES_FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / FIGURES_FILE, json.dumps(figures, indent=1) + "\n")
     write_cards(out, [figures])
     return figures
 

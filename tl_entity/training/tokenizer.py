@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from tl_entity._typing import checked
+from tl_entity.output import write_atomically
 from tl_entity.tasks.boxes import LABELS
 from tl_entity.tasks.nouns import OBJECTS
 
@@ -75,4 +76,4 @@ def save_tokenizer(folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("backend", None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,334 @@
+"""Results of single experiments of a study: the methods' own, side by side."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_entity._typing import checked
+from tl_entity.heads import Circuit, Group
+from tl_entity.hooks.ablations import AblationKind
+from tl_entity.methods.attention import AttentionSummary
+from tl_entity.methods.circuits import Evaluation, Faithfulness
+from tl_entity.methods.cmap import CrossModelPatching
+from tl_entity.methods.dcm import MaskRun
+from tl_entity.methods.minimality import Minimality
+from tl_entity.results import Result, plain
+from tl_entity.tasks.desiderata import MAIN_DESIDERATA
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class AccuracyByBoxes(Result):
+    """How a model answers prompts of two boxes and more.
+
+    Attributes:
+        evaluations: by number of boxes, the fewest first.
+    """
+
+    evaluations: Mapping[int, Evaluation]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{n} boxes: {found}" for n, found in self.evaluations.items())
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a number of boxes: counts, accuracy, its interval."""
+        import pandas as pd
+
+        rows = [found.table().assign(boxes=n) for n, found in self.evaluations.items()]
+        return pd.concat(rows, ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The accuracy by number of boxes."""
+        return plain(self.evaluations)
+
+
+@checked
+@dataclass(frozen=True)
+class KeptPairs(Result):
+    """Which pairs a circuit is found from.
+
+    Attributes:
+        tried: how many were looked at.
+        kept: which of them were kept.
+        answered_right_only: whether those are pairs whose clean prompt the model answers right.
+    """
+
+    tried: int
+    kept: Int[Tensor, " kept"]
+    answered_right_only: bool
+
+    def __str__(self) -> str:
+        return f"{len(self.kept)} of {self.tried} pairs"
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a pair that is kept."""
+        import pandas as pd
+
+        return pd.DataFrame({"pair": self.kept.tolist()})
+
+    def to_json(self) -> dict[str, Any]:
+        """How many were tried and kept."""
+        return {
+            "tried": self.tried,
+            "kept": len(self.kept),
+            "answered_right_only": self.answered_right_only,
+        }
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What circuits keep of a model's accuracy under one ablation of all else.
+
+    Attributes:
+        ablation: the kind of ablation.
+        circuit: the model's own circuit.
+        every_head: every head at the circuit's positions.
+        others: circuits found in other models, by their role.
+        random: random circuits of the same sizes.
+    """
+
+    ablation: AblationKind
+    circuit: Faithfulness
+    every_head: Faithfulness
+    others: Mapping[str, Faithfulness]
+    random: tuple[Evaluation, ...]
+
+    @property
+    def kept(self) -> dict[str, Faithfulness]:
+        """All but the random circuits, by what is kept of the model."""
+        return {
+            "its circuit": self.circuit,
+            "every head at its positions": self.every_head,
+            **{f"circuit of {role}": found for role, found in self.others.items()},
+        }
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """Those of the random circuits."""
+        return tuple(found.accuracy for found in self.random)
+
+    def to_json(self) -> dict[str, Any]:
+        """The circuit's faithfulness, and beside it that of the others."""
+        accuracies = self.accuracies
+        return {
+            **self.circuit.to_json(),
+            "every_head": self.every_head.to_json(),
+            "other_circuits": plain(self.others),
+            "random": {
+                "accuracies": list(accuracies),
+                "mean": sum(accuracies) / len(accuracies) if accuracies else None,
+                "lowest": min(accuracies, default=None),
+                "highest": max(accuracies, default=None),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class CircuitsAlone(Result):
+    """What circuits keep of a model's accuracy, under the ablation asked for and the paper's.
+
+    Attributes:
+        asked: under the ablation asked for.
+        by_index: under the paper's, by token index.
+        random_circuits: the random circuits, the same under both.
+    """
+
+    asked: Alone
+    by_index: Alone
+    random_circuits: tuple[Circuit, ...]
+
+    def __str__(self) -> str:
+        return f"{self.asked.circuit} ({self.asked.ablation} ablation)"
+
+    def by_ablation(self) -> dict[AblationKind, Alone]:
+        """Both, or the one if the paper's was asked for."""
+        return {self.asked.ablation: self.asked, self.by_index.ablation: self.by_index}
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row for the whole model, and for each ablation and what is kept: counts, accuracy,
+        faithfulness, with intervals."""
+        import pandas as pd
+
+        whole = {"ablation": "none", "kept": "everything"}
+        rows = [self.asked.circuit.of_model.table().assign(**whole)]
+        for ablation, alone in self.by_ablation().items():
+            for kept, found in alone.kept.items():
+                low, high = found.interval
+                share = {"faithfulness": found.value, "faithfulness_low": low}
+                row = found.of_circuit.table().assign(ablation=ablation, kept=kept, **share)
+                rows.append(row.assign(faithfulness_high=high))
+        return pd.concat(rows, ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is found under the ablation asked for, and under the paper's as "by_index"."""
+        asked, by_index = self.asked.to_json(), self.by_index.to_json()
+        for part in (asked, by_index):
+            part["random"]["circuits"] = plain(self.random_circuits)
+        return {**asked, "ablation": self.asked.ablation, "by_index": by_index}
+
+
+@dataclass(frozen=True)
+class MinimalityByAblation(Result):
+    """Which heads a circuit needs, under the ablation asked for and the paper's.
+
+    Attributes:
+        asked: under the ablation asked for.
+        by_index: under the paper's, by token index.
+    """
+
+    asked: Minimality
+    by_index: Minimality
+
+    def __str__(self) -> str:
+        return f"{self.asked} ({self.asked.ablation} ablation)"
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """The rows of each ablation."""
+        import pandas as pd
+
+        each = {found.ablation: found for found in (self.asked, self.by_index)}
+        frames = [found.to_dataframe().assign(ablation=kind) for kind, found in each.items()]
+        return pd.concat(frames, ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is found under the ablation asked for, and under the paper's as "by_index"."""
+        return {**self.asked.to_json(), "by_index": self.by_index.to_json()}
+
+
+@dataclass(frozen=True)
+class CircuitAttention(Result):
+    """What the heads of each group of a circuit attend to.
+
+    Attributes:
+        groups: by group.
+    """
+
+    groups: Mapping[str, AttentionSummary]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{group} {seen}" for group, seen in self.groups.items())
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a head, as for its group alone."""
+        import pandas as pd
+
+        frames = [seen.to_dataframe().assign(group=g) for g, seen in self.groups.items()]
+        return pd.concat(frames, ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Each group's."""
+        return plain(self.groups)
+
+
+@dataclass(frozen=True)
+class GroupMask:
+    """A mask over a group's heads.
+
+    Attributes:
+        group: the group.
+        desideratum: the kind of information.
+        chosen: whether it is the one of the group and kind whose heads are patched later.
+        run: the mask, and how it did.
+    """
+
+    group: str
+    desideratum: str
+    chosen: bool
+    run: MaskRun
+
+
+@dataclass(frozen=True)
+class GroupMasks(Result):
+    """Which heads of each group carry each kind of information, by DCM.
+
+    Attributes:
+        masks: by kind of information, then by group.
+        left_out: why pairs of a kind could not be written with the model's tokenizer, by kind.
+    """
+
+    masks: tuple[GroupMask, ...]
+    left_out: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{len(self.masks)} masks, {sum(mask.chosen for mask in self.masks)} chosen"
+
+    def selected(self, circuit: Circuit, desideratum: str) -> Circuit:
+        """The heads of each group in the mask that was chosen for a desideratum; the further
+        desiderata for position have those of `position`."""
+        kind = desideratum if desideratum in MAIN_DESIDERATA else "position"
+        heads = {
+            found.group: found.run.mask.selected
+            for found in self.masks
+            if found.desideratum == kind and found.chosen
+        }
+        return Circuit(tuple(Group(g.name, g.position, heads.get(g.name, ())) for g in circuit))
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row a mask."""
+        import pandas as pd
+
+        rows = []
+        for found in self.masks:
+            run = found.run
+            what = {"group": found.group, "desideratum": found.desideratum, "chosen": found.chosen}
+            rows.append(
+                run.test.table().assign(
+                    **what,
+                    seed=run.seed,
+                    sparsity=run.mask.sparsity,
+                    candidates=len(run.mask.heads),
+                    selected=" ".join(map(str, run.mask.selected)),
+                    validation_accuracy=run.mask.validation_accuracy,
+                    with_all_candidates=run.test_of_all.accuracy,
+                    with_none=run.test_of_none.accuracy,
+                )
+            )
+        return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry a mask, and what was left out."""
+        masks = [
+            {
+                "group": found.group,
+                "desideratum": found.desideratum,
+                "chosen": found.chosen,
+                **found.run.to_json(),
+            }
+            for found in self.masks
+        ]
+        return {"masks": masks, "left_out": dict(self.left_out)}
+
+
+@dataclass(frozen=True)
+class Transfer(Result):
+    """Heads of one model patched into another.
+
+    Attributes:
+        into_role: of the model that answers.
+        from_role: of the model that activations are taken from.
+        found: what came of it.
+        heads: the heads, where they are not those of the base's circuit.
+    """
+
+    into_role: str
+    from_role: str
+    found: CrossModelPatching
+    heads: Circuit | None = None
+
+    def __str__(self) -> str:
+        return f"{self.from_role} into {self.into_role}: {self.found}"
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """The rows of what came of it."""
+        return self.found.to_dataframe()
+
+    def to_json(self) -> dict[str, Any]:
+        """Both roles, what came of it, and the heads where they are said."""
+        roles = {"into_role": self.into_role, "from_role": self.from_role}
+        heads = {} if self.heads is None else {"heads": plain(self.heads)}
+        return {**roles, **self.found.to_json(), **heads}

@@ -1,0 +1,122 @@
+"""What a folder already holds of a study, so that nothing finished is lost to other settings."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tl_entity.errors import InputError
+from tl_entity.results import plain
+from tl_entity.study.settings import EXPERIMENTS, Settings
+from tl_entity.study.store import RESULTS, STEPS, Record, Store, read_record, to_json
+
+STUDY = "results.safetensors"
+"""The study as one result, for `Study.load`."""
+
+SETTINGS = f"{STEPS}/settings.json"
+"""What the steps of a folder were begun with."""
+
+SHOWN_OR_ADDED = ("only", "png", "ceiling")
+"""Settings by which a study is shown, or has more or fewer experiments."""
+
+MODEL_WORDS = {
+    "base": "base model",
+    "tuned": "fine-tuned model",
+    "control": "control model",
+}
+"""The models are known by their fingerprints, wherever they lie."""
+
+
+def check_same_study(
+    out: Path,
+    settings: Settings,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    models: Mapping[str, str],
+) -> None:
+    """Make sure that a folder holds no study with other settings.
+
+    Args:
+        out: the folder.
+        settings: what is asked for.
+        sizes: of the groups and of what is patched into.
+        models: the fingerprint of each, by role.
+
+    Raises:
+        InputError: if it does; what differs is named.
+    """
+    there, here = _noted(out), _plain(settings, sizes, models)
+    differing: list[str] = []
+    for name, theirs in there.items():
+        # A fine-tune and a control may be added later; settings of other versions say nothing.
+        added = name in MODEL_WORDS and theirs is None
+        if name not in here or here[name] == theirs or added:
+            continue
+        said = MODEL_WORDS.get(name, name.replace("_", " "))
+        if name not in MODEL_WORDS:
+            differing.append(f"{said} {_shown(theirs)} and not {_shown(here[name])}")
+        else:
+            differing.append(f"{'a' if here[name] is None else 'another'} {said}")
+    if differing:
+        raise InputError(
+            f"{out} holds a study with {', '.join(differing)}; give another folder for this one, "
+            "or the same settings."
+        )
+
+
+def note_settings(
+    store: Store,
+    settings: Settings,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    models: Mapping[str, str],
+) -> None:
+    """Note what the folder's steps are begun with, for `check_same_study`."""
+    store.write(SETTINGS, to_json(_plain(settings, sizes, models)))
+
+
+def joined(out: Path, settings: Settings) -> Settings:
+    """The settings, asking also for what the folder's finished results hold."""
+    earlier = read_record(out / RESULTS).get("settings")
+    if not isinstance(earlier, dict) or "only" not in earlier:
+        return settings
+    theirs, both = earlier["only"], None
+    if isinstance(theirs, list) and settings.only is not None:
+        both = tuple(name for name in EXPERIMENTS if name in {*theirs, *settings.only})
+    ceiling = settings.ceiling or earlier.get("ceiling") is True
+    return dataclasses.replace(settings, only=both, ceiling=ceiling)
+
+
+def _noted(out: Path) -> Record:
+    """What the folder's study was begun with; that of its results, for a folder of before."""
+    noted = read_record(out / SETTINGS)
+    if noted:
+        return noted
+    results = read_record(out / RESULTS)
+    settings, models = results.get("settings"), results.get("models")
+    if not isinstance(settings, dict) or not isinstance(models, dict):
+        return {}
+    known = {
+        role: model.get("fingerprint") for role, model in models.items() if isinstance(model, dict)
+    }
+    return {**{n: v for n, v in settings.items() if n not in _LEFT_OUT}, **known}
+
+
+def _plain(
+    settings: Settings,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    models: Mapping[str, str],
+) -> dict[str, Any]:
+    kept = {n: v for n, v in plain(settings).items() if n not in _LEFT_OUT}
+    resolved = {"sizes": dict(sizes[0]), "receiver_sizes": dict(sizes[1])}
+    known = {role: models.get(role) for role in MODEL_WORDS}
+    return {**kept, **resolved, **known}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "/".join(str(part) for part in value.values())
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+_LEFT_OUT = {*SHOWN_OR_ADDED, *MODEL_WORDS, *(f"{role}_adapter" for role in MODEL_WORDS)}
