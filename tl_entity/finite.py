@@ -50,6 +50,19 @@ def check_finite(name: str, tensor: Tensor, advice: str) -> None:
         raise NotFiniteError(f"{name} is not finite: {places(tensor, wrong)}; {advice}.")
 
 
+def finite_logits(logits: Tensor) -> Tensor:
+    """The same logits.
+
+    Raises:
+        NotFiniteError: if they are not finite.
+    """
+    if not are_finite([logits]):
+        raise NotFiniteError(
+            "The logits are not finite; numbers are too large for the model's dtype.", "logits"
+        )
+    return logits
+
+
 def places(tensor: Tensor, wrong: Tensor) -> str:
     """How many numbers are wrong, and which is the first."""
     index = wrong.nonzero()[0].tolist()

@@ -46,6 +46,7 @@ TARGET = 0.9
 
 
 @checked
+@torch.inference_mode(False)  # whose weights no gradient could ever pass
 def graft(base: Model, tuned: Model, units: Collection[Unit]) -> HookedTransformer:
     """Another model: the base with only these units' weights from the tuned model.
 
