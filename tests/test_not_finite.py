@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.models.helpers import llama, save
 from tests.models.test_adapters import adapt
 from tests.random_models import random_model, random_pairs
 from tl_entity import (
+    Ablation,
     Head,
     InputError,
     Metric,
@@ -28,10 +30,12 @@ from tl_entity.cli import main
 from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.suffix import CleanRun
 from tl_entity.finite import NotFiniteError, are_finite
-from tl_entity.hooks import answer_logits, hook_point, patch_heads, record
+from tl_entity.hooks import answer_logits, hook_point, knock_out, patch_heads, record
 from tl_entity.metrics import LOG_PROBABILITY, MOST_LOG_CHANGE, relative_probability_change
 
 NAN, INF = float("nan"), float("inf")
+ABLATING = ("evaluate keep, exact", "evaluate_circuits, exact")
+ABLATING += ("completeness, exact", "minimality, exact")
 
 
 def wide_scores(n_kv_heads: int = 2) -> Any:
@@ -49,6 +53,42 @@ def test_scores_beyond_the_dtype_are_found_in_every_method(name: str) -> None:
     assert model(pairs.clean.tokens).isfinite().all()
     with pytest.raises(NotFiniteError, match=r"blocks\.1\.attn\.hook_(attn_scores|z)"):
         CALLS[name](model, pairs)
+
+
+def sees_nothing(prompts: Any) -> Any:
+    """A model of finite weights in which one head's score of the first token of the first prompt,
+    which sees itself alone, is beyond float32, below zero; all other scores are finite."""
+    model = random_model(d_model=64, dtype=torch.float32)
+    (resid,) = record(model, prompts, {hook_point("resid_pre", 1): None}).values()
+    normalized = model.blocks[1].ln1(resid)[prompts.mask].double()
+    first, others = normalized[0], normalized[(normalized - normalized[0]).abs().amax(-1) > 1e-3]
+    basis = torch.linalg.qr(others.T).Q
+    alone = first - basis @ (basis.T @ first)
+    writes = torch.zeros_like(model.W_Q[1, 0])
+    writes[:, 0] = (1e20 * alone / alone.norm()).float()
+    model.blocks[1].attn.W_Q[0], model.blocks[1].attn.W_K[0] = writes, -writes
+    return model
+
+
+# With its head ablated there, nothing computes such a score.
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ABLATING])
+def test_a_token_that_sees_nothing_is_found_in_every_method(name: str) -> None:
+    """TransformerLens makes zeros of its pattern, too: what it sees then is no mean of values."""
+    pairs = random_pairs(4, 8)[torch.zeros(4, dtype=torch.long)]
+    pairs = replace(pairs, corrupt=pairs.clean)
+    model = sees_nothing(pairs.clean)
+    scores = model.run_with_cache(pairs.clean.tokens)[1]["blocks.1.attn.hook_attn_scores"]
+    assert (scores.amax(-1).isneginf().sum(), scores.isposinf().sum()) == (4, 0)
+    assert model(pairs.clean.tokens).isfinite().all()
+    where = r"blocks\.1\.attn\.hook_attn_scores.*head 0 at token 0 of prompt 0"
+    with pytest.raises(NotFiniteError, match=where):
+        CALLS[name](model, pairs)
+
+
+def test_an_edit_may_take_away_all_that_a_token_sees() -> None:
+    model, prompts = random_model(), random_pairs().clean
+    hooks = knock_out(prompts, from_position="early", to_position="early", layers=[1])
+    assert answer_logits(model, prompts, hooks).isfinite().all()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -160,6 +200,26 @@ def test_mean_outputs_that_are_not_finite_are_named(engine: str) -> None:
             evaluate(model, pairs.clean, mean_outputs=values, engine=engine, **how)
     with pytest.raises(NotFiniteError, match="ablation values"):
         AblatedRun.record(model, pairs.clean, values)
+
+
+@pytest.mark.parametrize("engine", ["exact", "hooks"])
+@pytest.mark.parametrize("call", ["nodes alone", "gradient of gates"])
+def test_gated_runs_that_overflow_say_where(call: str, engine: str) -> None:
+    """The whole run is finite; with these outputs of ablated nodes half precision is not."""
+    from tests.all_methods import NODES, ROLES, role_pairs
+    from tl_entity.hooks.gates import Gates
+    from tl_entity.methods.gated_forward import GatedForward
+
+    model, pairs = random_model(dtype=torch.float16), role_pairs(random_pairs())
+    values = Ablation.by_index(means(model) * 0 + 6e4)
+    forward = GatedForward.of(model, values, engine=engine)
+    recorded = forward.record(pairs)
+    gates = Gates.keeping([node for node in NODES if node.head is not None], model.cfg, ROLES)
+    with pytest.raises(NotFiniteError, match=r"blocks\.0\.(hook_attn_out|hook_resid_mid)"):
+        if call == "nodes alone":
+            forward.evaluate(recorded, [gates])
+        else:
+            forward.gradient(recorded, gates, "metric")
 
 
 def test_a_recomputation_that_overflows_says_where() -> None:

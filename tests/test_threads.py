@@ -133,6 +133,42 @@ def test_hooks_of_a_context_and_of_gradients_are_refused(name: str) -> None:
     assert not state(model)["hooks"]
 
 
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("blocks.1", r"blocks\.1,"),
+        ("blocks.1.attn", r"blocks\.1\.attn,"),
+        ("blocks.2.mlp", r"blocks\.2\.mlp,"),
+        ("ln_final", "ln_final,"),
+        ("", "the model itself,"),
+    ],
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_hooks_on_modules_are_refused(name: str, module: str, said: str) -> None:
+    """The engines call different modules, and one of them gave other numbers than the other."""
+    model, pairs = random_model(), random_pairs(8)
+    handles = [
+        model.get_submodule(module).register_forward_hook(lambda module, given, out: 2 * out),
+        model.get_submodule(module).register_forward_pre_hook(lambda module, given: None),
+    ]
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"hooks are attached.*at {said} which"):
+            CALLS[name](model, pairs)
+        handles.pop().remove()
+    CALLS[name](model, pairs)
+
+
+def test_torch_hooks_in_a_bridge_are_refused(bridge: Any) -> None:
+    mlp = bridge.original_model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda module, given, out: 2 * out)
+    try:
+        with pytest.raises(InputError, match=r"hooks are attached.*at blocks\.1\.mlp"):
+            answer_logits(bridge, named_as_random(bridge).clean)
+    finally:
+        handle.remove()
+    answer_logits(bridge, named_as_random(bridge).clean)
+
+
 @pytest.mark.parametrize("name", ON_BRIDGE)
 def test_hooks_on_a_bridge_are_refused(bridge: Any, name: str) -> None:
     bridge.add_hook("blocks.1.attn.hook_z", lambda z, hook: 0 * z)

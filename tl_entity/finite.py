@@ -65,6 +65,19 @@ def is_true(found: Tensor) -> bool:
     return found.is_meta or bool(found)
 
 
+def finite_logits(logits: Tensor) -> Tensor:
+    """The same logits.
+
+    Raises:
+        NotFiniteError: if they are not finite.
+    """
+    if not are_finite([logits]):
+        raise NotFiniteError(
+            "The logits are not finite; numbers are too large for the model's dtype.", "logits"
+        )
+    return logits
+
+
 def places(tensor: Tensor, wrong: Tensor) -> str:
     """How many numbers are wrong, and which is the first."""
     index = wrong.nonzero()[0].tolist()

@@ -18,6 +18,7 @@ from tl_entity._model import Model
 from tl_entity._pieces import ATTENTION, LOGITS, piece
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import block_bytes
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
 from tl_entity.hooks.watch import see
 
@@ -26,17 +27,24 @@ ROWS_TOGETHER = 512
 
 
 def check_supported(model: Model) -> None:
-    """Make sure that the exact engine computes what this model computes.
+    """Make sure that the exact engine computes what this model computes, as nobody else changes it.
 
     Raises:
-        InputError: saying what it cannot recompute exactly, and that the hooks engine can.
+        InputError: saying what it cannot recompute exactly, and that the hooks engine can; or if
+            hooks are attached to the model.
+        NotFiniteError: if a weight is not finite.
     """
     if not isinstance(model, HookedTransformer):
         raise InputError(
             "The exact engine recomputes a HookedTransformer's layers, and this is a "
             'TransformerBridge. Use engine="hooks", or load it with backend="hooked".'
         )
-    cfg = model.cfg
+    # Another thread's run may have set a flag on the model, to take it off again.
+    with guarded(model):
+        _check_settings(model.cfg)
+
+
+def _check_settings(cfg: Any) -> None:
     obstacles = {
         "its positions are not rotary": cfg.positional_embedding_type != "rotary",
         "attention and MLP run in parallel": bool(cfg.parallel_attn_mlp),

@@ -30,8 +30,10 @@ from tl_entity.exact.blocks import (
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.gates import Gates, check_gates_fit
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import kv_head, n_kv_heads
 from tl_entity.hooks.run import embed
+from tl_entity.hooks.watch import assure_finite, located
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 
@@ -83,20 +85,26 @@ class GatedRun:
 
         Raises:
             InputError: if the ablation has no output for a gated node.
+            NotFiniteError: if weights or activations are NaN or infinite, naming where.
         """
         check_gates_fit(gates, self.ablation)
         memory = memory_budget(self.model.cfg.device) if memory is None else memory
         tokens = _Tokens.of(self.prompts, gates)
         again = activation_bytes(self.model.cfg, self.prompts.tokens.numel()) > memory
-        resid = self.embedded
-        for layer in range(self.model.cfg.n_layers):
-            of_heads, of_mlp = _of_layer([gates], layer)
-            step: tuple[Any, ...] = (resid, of_heads, of_mlp, tokens, layer)
-            if torch.is_grad_enabled() and again:
-                resid = checkpoint(self._layer, *step, use_reentrant=False)
-            else:
-                resid = self._layer(*step)
-        return resid[:, 0]
+
+        def compute() -> Tensor:
+            resid = self.embedded
+            for layer in range(self.model.cfg.n_layers):
+                of_heads, of_mlp = _of_layer([gates], layer)
+                step: tuple[Any, ...] = (resid, of_heads, of_mlp, tokens, layer)
+                if torch.is_grad_enabled() and again:
+                    resid = checkpoint(self._layer, *step, use_reentrant=False)
+                else:
+                    resid = self._layer(*step)
+            return assure_finite(resid[:, 0])
+
+        with guarded(self.model):
+            return located(compute)
 
     @checked
     @torch.no_grad()
@@ -109,6 +117,7 @@ class GatedRun:
 
         Raises:
             InputError: as `answer_resid`.
+            NotFiniteError: as `answer_resid`.
         """
         for gates in each:
             check_gates_fit(gates, self.ablation)
@@ -120,10 +129,12 @@ class GatedRun:
         size = rows_within(self._bytes_per_variant(), memory // 2)
 
         def compute(chosen: list[int]) -> Tensor:
-            return self._variants([each[i] for i in chosen], [begins[i] for i in chosen])
+            some, first = [each[i] for i in chosen], [begins[i] for i in chosen]
+            return located(lambda: assure_finite(self._variants(some, first)))
 
-        for some, final in halving(order, size, compute):
-            found[order[some]] = final.to(found.device)
+        with guarded(self.model):
+            for some, final in halving(order, size, compute):
+                found[order[some]] = final.to(found.device)
         return found
 
     def _variants(

@@ -77,8 +77,18 @@ def _leave(guard: _Guard) -> None:
 
 
 def _check_hooks(model: Model) -> None:
+    # At hook points, or on modules, which the exact engine calls in part, or not at all.
+    points = model.hook_dict
+    at_points = {id(point) for point in points.values()}
+    modules = [
+        (_plain(name) or "the model itself", module)
+        for name, module in model.named_modules()
+        if id(module) not in at_points
+    ]
     names = [
-        name for name, point in model.hook_dict.items() if any(getattr(point, at) for at in _HOOKS)
+        name
+        for name, module in (*points.items(), *modules)
+        if any(getattr(module, at) for at in _HOOKS)
     ]
     if not names:
         return

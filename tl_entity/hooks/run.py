@@ -16,7 +16,13 @@ from tl_entity.errors import InputError
 from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import FINAL_NORMALIZED
 from tl_entity.hooks.vocabulary import check_readable, readable
-from tl_entity.hooks.watch import ScoreWatch, Watch, points_are_finite, watching_hooks
+from tl_entity.hooks.watch import (
+    ScoreWatch,
+    Watch,
+    points_are_finite,
+    watching_hooks,
+    watching_rows,
+)
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -192,23 +198,26 @@ def _forward(
     check_readable(model, prompts)
     tokens, mask = readable(model, prompts), prompts.mask.long()
 
-    def run(watching: Sequence[tuple[Any, HookFunction]]) -> Tensor:
+    def run(
+        ahead: Sequence[tuple[Any, Callable[..., None]]],
+        behind: Sequence[tuple[Any, Callable[..., None]]],
+    ) -> Tensor:
         return model.run_with_hooks(
             given(tokens),
             # Given always: without one, TransformerLens guesses a mask from the pad token of
             # tokenizers that pad on the left.
             attention_mask=given(mask),
-            fwd_hooks=[*hooks, *watching],
+            fwd_hooks=[*ahead, *hooks, *behind],
             return_type="logits",
             stop_at_layer=stop_at_layer,
         )
 
     with guarded(model):
-        scores = ScoreWatch()
-        output = run([scores.hook])
+        scores = ScoreWatch(prompts.mask)
+        output = run([scores.ahead], [scores.behind])
         if scores.is_finite and points_are_finite(wanted(output)):
             return output
         watch = Watch()
         with torch.no_grad():
-            run(watching_hooks(model, watch))
+            run(watching_rows(model, watch, prompts.mask), watching_hooks(model, watch))
         raise watch.error()

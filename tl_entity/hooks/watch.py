@@ -44,6 +44,18 @@ class Watch:
                 wrong &= ~activation.detach().isneginf()
             self.point, self.places = point, places(activation, wrong)
 
+    def see_rows(self, point: str, scores: Tensor, mask: Tensor) -> None:
+        """Look whether a prompt's token sees nothing at all: its scores, ahead of all edits, are
+        all minus infinity."""
+        if self.point is None:
+            blind = _blind_rows(scores, mask)
+            if bool(blind.any()):
+                row, head, token = blind.nonzero()[0].tolist()
+                self.point = point
+                self.places = (
+                    f"all scores of head {head} at token {token} of prompt {row} are minus infinity"
+                )
+
     def error(self) -> NotFiniteError:
         """What to raise about it."""
         where = "the run's result" if self.point is None else self.point
@@ -120,29 +132,64 @@ def scores_are_finite(largest: list[Tensor]) -> bool:
     return is_true((in_one_place(largest) < float("inf")).all())
 
 
+def _blind_rows(scores: Tensor, mask: Tensor) -> Tensor:
+    """The tokens of prompts, by head, that see nothing: each sees at least itself."""
+    return scores.detach().amax(-1).isneginf() & mask.to(scores.device)[:, None]
+
+
 class ScoreWatch:
-    """Notes the largest attention score of every layer of a run.
+    """Notes what attention scores of a run are no numbers.
 
     Both kinds of model put zeros in the place of an attention pattern that is NaN, so that what
-    comes after may look sound.
+    comes after may look sound. A pattern is NaN where a score is, or is infinite, or where all that
+    a token sees is minus infinity.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
         self._largest: list[Tensor] = []
+        self._blind: list[Tensor] = []
 
     @property
-    def hook(self) -> tuple[Callable[[str], bool], Callable[..., None]]:
+    def ahead(self) -> tuple[Callable[[str], bool], Callable[..., None]]:
+        """For `run_with_hooks`, ahead of all edits: they may take away all that a token sees."""
+        return _is_scores, self._note_rows
+
+    @property
+    def behind(self) -> tuple[Callable[[str], bool], Callable[..., None]]:
         """For `run_with_hooks`, behind all edits."""
-        return (lambda name: name.endswith(_SCORES)), self._note
+        return _is_scores, self._note
 
     @property
     def is_finite(self) -> bool:
-        """Whether all scores were finite, or minus infinity."""
-        return scores_are_finite(self._largest)
+        """Whether all scores were finite, or minus infinity for some of what a token sees."""
+        if not scores_are_finite(self._largest):
+            return False
+        there = [blind for blind in self._blind if not blind.is_meta]
+        return not there or not bool(torch.stack([b.to(there[0].device) for b in there]).any())
+
+    def _note_rows(self, activation: Tensor, hook: Any) -> None:
+        if activation.numel():
+            self._blind.append(_blind_rows(activation, self._mask).any())
 
     def _note(self, activation: Tensor, hook: Any) -> None:
         if activation.numel():
             self._largest.append(activation.detach().amax())
+
+
+def _is_scores(name: str) -> bool:
+    return name.endswith(_SCORES)
+
+
+def watching_rows(model: Model, watch: Watch, mask: Tensor) -> list[tuple[str, Any]]:
+    """Hooks, for ahead of all edits, that show a watch all attention scores."""
+    points = [hook_point("attn_scores", layer) for layer in range(model.cfg.n_layers)]
+    there = model.hook_dict
+
+    def looking(point: str) -> Callable[..., None]:
+        return lambda activation, hook: watch.see_rows(point, activation, mask)
+
+    return [(point, looking(point)) for point in points if point in there]
 
 
 def watching_hooks(model: Model, watch: Watch) -> list[tuple[str, Callable[..., None]]]:

@@ -17,7 +17,7 @@ from tl_entity.exact.ablation import AblatedRun
 from tl_entity.exact.blocks import unembed
 from tl_entity.exact.memory import halving, memory_budget, prompts_within
 from tl_entity.exact.suffix import CleanRun
-from tl_entity.finite import NotFiniteError, are_finite
+from tl_entity.finite import finite_logits
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.edits import ablate_heads
@@ -427,12 +427,7 @@ def evaluate_each(
         scores: list[Tensor] = []
         try:
             for logits in logits_of(chunk):
-                if not are_finite([logits]):
-                    raise NotFiniteError(
-                        "The logits are not finite; numbers are too large for the model's dtype.",
-                        "logits",
-                    )
-                chosen.append(logits.argmax(-1))
+                chosen.append(finite_logits(logits).argmax(-1))
                 scores.append(log_probability(logits, wanted))
                 progress(len(chunk))
         except BaseException:

@@ -13,9 +13,12 @@ from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.exact.blocks import check_supported, unembed
 from tl_entity.exact.memory import halving, memory_budget, prompts_within
+from tl_entity.finite import are_finite
 from tl_entity.hooks.cross_model import check_same_architecture
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import HookFunction, answer_logits, must_fire, record
+from tl_entity.hooks.watch import ScoreWatch
 from tl_entity.methods.circuits import BATCH_SIZE
 from tl_entity.methods.gains import scored_pairs
 from tl_entity.methods.path_patching import Engine
@@ -240,7 +243,8 @@ def four_corners(
         parts = [some for _, some in halving(mine, min(batch_size, size), compute)]
         return torch.cat([c for c, _ in parts], -1), torch.cat([r for _, r in parts], -1)
 
-    change, correct = shared_out(pairs, compute_mine)
+    with guarded(base, tuned):
+        change, correct = shared_out(pairs, compute_mine)
     return FourCorners(change, correct, over, position, metric.name)
 
 
@@ -317,16 +321,19 @@ class _Runs:
             logits = answer_logits(model, here, hooks)
         else:
             in_stream = self.over == "resid_pre"
+            scores = ScoreWatch(here.mask)
             with must_fire(model, [] if in_stream else hooks) as watched:
                 final = model.run_with_hooks(
                     value if in_stream else self.streams[above][at],
                     start_at_layer=at,
                     stop_at_layer=n_layers,
                     attention_mask=here.mask.long(),
-                    fwd_hooks=[*watched],
+                    fwd_hooks=[scores.ahead, *watched, scores.behind],
                 )
             last = here.position(ANSWER_POSITION).to(final.device)
             logits = unembed(model, final[rows.to(final.device), last])
+            if not (scores.is_finite and are_finite([logits])):
+                logits = answer_logits(model, here, hooks)  # says from where on they are not
         return logits.to(self.prompts.tokens.device)
 
 

@@ -9,17 +9,20 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from tl_entity._model import Model
+from tl_entity._model import Model, check_takes_gradients, frozen
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact import edges as exact_engine
+from tl_entity.exact.blocks import check_supported
 from tl_entity.exact.edge_estimates import estimated_values
 from tl_entity.heads import Head, Node
 from tl_entity.hooks import edges as hooks_engine
 from tl_entity.hooks.edges import Edge as Edge
 from tl_entity.hooks.edges import EdgeInput
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads
 from tl_entity.hooks.vocabulary import check_pairs
+from tl_entity.methods.masked_forward import outside_inference
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
@@ -205,6 +208,7 @@ class Edges(Result):
 
 
 @checked
+@torch.inference_mode(False)
 def mechanism_edges(
     model: Model,
     pairs: PairBatch,
@@ -259,25 +263,30 @@ def mechanism_edges(
         InputError: if the model has no such node, the prompts lack a role or have unequally many of
             its tokens, a score is not finite, the metric lacks what it needs, or the exact engine
             does not fit the model.
+        NotFiniteError: if weights or activations are NaN or infinite, naming where.
     """
     check_pairs(model, pairs)
+    if engine == "exact":
+        check_supported(model)
+        check_takes_gradients(model)
     given = mechanism.nodes if isinstance(mechanism, HasNodes) else mechanism
     nodes = tuple(dict.fromkeys(Node(*node) for node in given))
     _check_nodes(model, nodes)
-    pairs = pairs.to(model.cfg.device or "cpu")
+    pairs = outside_inference(pairs.to(model.cfg.device or "cpu"))
     edges = possible_edges(nodes, pairs.clean)
     aligned = AlignedPairs.draw(pairs, seed=seed)
     for role in {node.role for node in nodes}:
         aligned.tokens(role)
     how: dict[str, Any] = {"nodes": nodes, "metric": metric}
-    if engine == "hooks":
-        clean, values = shared_out(
-            aligned, lambda some: hooks_engine.edge_values(model, some, edges, **how)
-        )
-        per_example, exact = metric.change(values, clean), [True] * len(edges)
-    else:
-        how["memory"] = memory
-        clean, per_example, exact = _until_the_top_is_exact(model, aligned, edges, top_n, how)
+    with guarded(model), frozen(model):
+        if engine == "hooks":
+            clean, values = shared_out(
+                aligned, lambda some: hooks_engine.edge_values(model, some, edges, **how)
+            )
+            per_example, exact = metric.change(values, clean), [True] * len(edges)
+        else:
+            how["memory"] = memory
+            clean, per_example, exact = _until_the_top_is_exact(model, aligned, edges, top_n, how)
     if not bool(per_example.isfinite().all()):
         i = int((~per_example.isfinite()).any(-1).nonzero()[0])
         raise InputError(f"The score of {edges[i]} is not finite; the runs have NaN or infinity.")

@@ -8,22 +8,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_entity._model import Model, frozen
+from tl_entity._model import Model, check_takes_gradients, frozen
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.blocks import check_supported, unembed
 from tl_entity.exact.gated import GatedRun, activation_bytes
 from tl_entity.exact.memory import halving, memory_budget
+from tl_entity.finite import finite_logits
 from tl_entity.heads import Circuit
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.edits import ablate_heads
 from tl_entity.hooks.gates import Gates, gate_nodes
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads, hook_point
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.ablations import BATCH_SIZE
 from tl_entity.methods.circuits import Evaluation, Faithfulness
+from tl_entity.methods.gains import scored_pairs
+from tl_entity.methods.masked_forward import outside_inference
 from tl_entity.methods.path_patching import Engine
-from tl_entity.metrics import LOG_PROBABILITY, Metric, log_probability
+from tl_entity.metrics import LOG_PROBABILITY, Metric, divergence, log_probability
 from tl_entity.ranks import share_of, shared_out, summed
 from tl_entity.results import Result
 from tl_entity.stats import Interval, mean_intervals, wilson_interval
@@ -208,20 +212,18 @@ class GatedForward:
         return cls(model, ablation, metric, engine, batch_size, memory)
 
     @checked
+    @torch.inference_mode(False)
     @torch.no_grad()
     def record(self, prompts: PromptBatch | PairBatch) -> RecordedPrompts:
         """Run the whole model on the prompts, once for any number of gates.
 
         Raises:
-            InputError: if a prompt has no answer, or the ablation does not fit them.
+            InputError: if there are no prompts, one has no answer or a token that the model does
+                not know, hooks are attached to the model, or the ablation does not fit them.
+            NotFiniteError: if weights or activations are NaN or infinite, naming where.
         """
-        pairs = prompts
-        if isinstance(pairs, PromptBatch):
-            pairs = PairBatch(pairs, pairs, pairs.answers)
-        if bool((pairs.targets < 0).any()):
-            raise InputError("Some prompts have no answer, so there is nothing to be faithful to.")
+        pairs = outside_inference(scored_pairs(self.model, prompts))
         self.ablation.rows(pairs.clean)
-        pairs = pairs.to(self.model.cfg.device or "cpu")
 
         def compute(some: PairBatch) -> tuple[Tensor, ...]:
             found = halving(some, self.batch_size, lambda chunk: self._run_whole(chunk.clean))
@@ -242,7 +244,7 @@ class GatedForward:
 
     def answer_logits(self, prompts: PromptBatch, gates: Gates) -> Float[Tensor, "batch d_vocab"]:
         """Logits at `"last"` with gates on the nodes; gradients reach the gates."""
-        with frozen(self.model):
+        with guarded(self.model), frozen(self.model):
             if self.engine == "hooks":
                 hooks = gate_nodes(gates, self.ablation, prompts)
                 return answer_logits(self.model, prompts, hooks)
@@ -256,6 +258,8 @@ class GatedForward:
         resid = run.answer_resid_each(each, memory=self.memory)
         return (unembed(self.model, final) for final in resid)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def gradient(
         self, recorded: RecordedPrompts, gates: Gates, loss: Loss
     ) -> tuple[float, Float[Tensor, " node"]]:
@@ -263,8 +267,9 @@ class GatedForward:
         of `Gates.flat`; processes share the prompts.
 
         Raises:
-            InputError: if they are not finite.
+            InputError: if they are not finite, or the model takes no gradients.
         """
+        check_takes_gradients(self.model)
         values = gates.flat().detach().requires_grad_()
         share = share_of(len(recorded))
         mine = recorded[share.rows]
@@ -275,8 +280,10 @@ class GatedForward:
             return torch.cat([gradient, each.detach().sum()[None].to(gradient)])
 
         found = torch.zeros(len(values) + 1, dtype=values.dtype, device=values.device)
-        for _, part in halving(mine, self._gradient_rows(recorded), compute):
-            found = found + part
+        # Layers may be computed again on the way back, with weights that take no gradient either.
+        with guarded(self.model), frozen(self.model):
+            for _, part in halving(mine, self._gradient_rows(recorded), compute):
+                found = found + part
         found = summed(found if share.n else torch.zeros_like(found)) / len(recorded)
         if not bool(found.isfinite().all()):
             raise InputError(
@@ -297,6 +304,7 @@ class GatedForward:
             whole = self.whole_logits(some)
         return divergence(whole, logits)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def evaluate(
         self,
@@ -320,6 +328,7 @@ class GatedForward:
             recorded, lambda chunk: self._logits_each(chunk, each), sizes, seed, progress
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def evaluate_circuit(
         self, recorded: RecordedPrompts, circuit: Circuit, seed: int = 0
@@ -359,7 +368,8 @@ class GatedForward:
             found = [part for _, part in halving(mine, self.batch_size, compute)]
             return tuple(torch.cat(parts, -1) for parts in zip(*found, strict=True))
 
-        chosen, (scores, kl, values) = shared_out(recorded, compute_mine)
+        with guarded(self.model):
+            chosen, (scores, kl, values) = shared_out(recorded, compute_mine)
         targets = recorded.pairs.targets
         answered = [
             Evaluation(predicted, predicted == targets, score)
@@ -382,18 +392,7 @@ class GatedForward:
     def _read(self, logits: Tensor, whole: Tensor, some: RecordedPrompts) -> tuple[Tensor, Tensor]:
         """The most likely token; and the target's log probability, the divergence and the metric,
         one above the other."""
-        score = log_probability(logits, some.pairs.targets)
+        score = log_probability(finite_logits(logits), some.pairs.targets)
         value = self.metric.of_logits(logits, some.pairs).to(score)
         measured = torch.stack([score, divergence(whole, logits).to(score), value])
         return logits.argmax(-1), measured
-
-
-@checked
-def divergence(
-    of: Float[Tensor, "batch d_vocab"], to: Float[Tensor, "batch d_vocab"]
-) -> Float[Tensor, " batch"]:
-    """Kullback-Leibler divergence of the distribution `to` from `of`, in nats: the mean, by `of`,
-    of what it is more surprised by. In float32 at least."""
-    wide = torch.promote_types(to.dtype, torch.float32)
-    p, q = (logits.to(wide).log_softmax(-1) for logits in (of, to))
-    return (p.exp() * (p - q)).sum(-1)

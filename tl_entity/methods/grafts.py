@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -46,6 +47,7 @@ TARGET = 0.9
 
 
 @checked
+@torch.inference_mode(False)  # whose weights no gradient could ever pass
 def graft(base: Model, tuned: Model, units: Collection[Unit]) -> HookedTransformer:
     """Another model: the base with only these units' weights from the tuned model.
 

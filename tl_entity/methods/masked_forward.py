@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_entity._model import Model, frozen
+from tl_entity._model import Model, check_takes_gradients, frozen
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.suffix import CleanRun
@@ -94,11 +94,7 @@ class MaskedForward(nn.Module):
         if len(set(candidates)) != len(candidates):
             raise InputError("A head is a candidate twice; its mask would be two.")
         check_heads(model, candidates)
-        if any(weight.is_inference() for weight in model.parameters()):
-            raise InputError(
-                "The model was made in torch.inference_mode(), and no gradient passes its weights; "
-                "make it outside."
-            )
+        check_takes_gradients(model)
         self.candidates = candidates
         self.position = position
         self.engine: Engine = engine

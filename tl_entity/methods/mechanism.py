@@ -44,6 +44,7 @@ CURVE_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
 
 
 @checked
+@torch.inference_mode(False)
 def find_mechanism(
     model: Model,
     prompts: PromptBatch | PairBatch,

@@ -13,6 +13,8 @@ from torch import Tensor
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import halving
+from tl_entity.finite import NotFiniteError
+from tl_entity.hooks.run import answer_logits
 from tl_entity.methods.weight_path import WeightPath
 from tl_entity.metrics import Metric
 from tl_entity.ranks import shared_out
@@ -114,7 +116,10 @@ class Integration:
 
         values, rates = shared_out(_Rows(self.pairs, start), compute_mine)
         if not bool(values.isfinite().all() and rates.isfinite().all()):
-            raise InputError(
+            for end, model in ((0, self.path.base), (1, self.path.tuned)):
+                if place == end:  # a run of the model itself says where
+                    answer_logits(model, self.pairs.clean.to(model.cfg.device or "cpu"))
+            raise NotFiniteError(
                 f"{self.metric.name} or its gradient is not finite at the point {at:.3f} of the "
                 "way from the base to the tuned model."
             )

@@ -21,14 +21,16 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from tl_entity._model import Model
+from tl_entity._model import Model, check_takes_gradients
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import memory_budget
 from tl_entity.heads import Circuit, Head, HeadsAt
+from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import n_kv_heads
 from tl_entity.methods.circuits import BATCH_SIZE
 from tl_entity.methods.gains import scored_pairs
+from tl_entity.methods.masked_forward import outside_inference
 from tl_entity.methods.shares_inside import Part, SharesInside, relative_to
 from tl_entity.methods.weight_integral import MAX_POINTS, Integration
 from tl_entity.methods.weight_path import WeightPath, bytes_per_prompt
@@ -325,6 +327,7 @@ class WeightShares(Result):
 
 
 @checked
+@torch.inference_mode(False)
 def weight_shares(
     base: Model,
     tuned: Model,
@@ -360,13 +363,16 @@ def weight_shares(
             has no answer or a token that the models don't know; or the metric is not finite.
     """
     changed = changed_parameters(base, tuned)
-    pairs = scored_pairs(base, prompts)
+    pairs = outside_inference(scored_pairs(base, prompts))
     assert isinstance(base, HookedTransformer) and isinstance(tuned, HookedTransformer)
-    path = WeightPath(base, tuned, changed)
+    for model in (base, tuned):
+        check_takes_gradients(model)
     memory = memory_budget(base.cfg.device) if memory is None else memory
     size = max(1, min(batch_size, memory // bytes_per_prompt(base, pairs.clean.tokens.shape[1])))
-    found = Integration(path, pairs, metric, size, max_points, progress)
-    shares, sums = found.until_exact()
+    with guarded(base, tuned):
+        path = WeightPath(base, tuned, changed)
+        found = Integration(path, pairs, metric, size, max_points, progress)
+        shares, sums = found.until_exact()
     sizes = torch.tensor(sizes_of_change(base, tuned, changed), dtype=torch.float64)
     kept = (sizes > 0).nonzero().squeeze(1)
     return WeightShares(

@@ -13,6 +13,7 @@ from transformer_lens import HookedTransformer
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.finite import check_finite
 from tl_entity.hooks.cross_model import check_same_architecture
 
 Axes = Literal["heads of columns", "heads of rows", "matrix", "vector", "scale", "rows"]
@@ -205,8 +206,8 @@ def changed_parameters(base: Model, tuned: Model) -> dict[str, tuple[Unit, ...]]
                 "(gated MLPs, RMS norms) do."
             )
         for model in (base, tuned):
-            if not bool(model.get_parameter(name).isfinite().all()):
-                raise InputError(f"{name} holds numbers that are not finite.")
+            weight = model.get_parameter(name)
+            check_finite(f"The model's weight {name}", weight, "load the model anew, or mend it")
         changed[name] = units
     if not changed:
         raise InputError("The two models have the same weights, so there is no gain to share out.")
