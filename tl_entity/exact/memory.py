@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import torch
 
 from tl_entity._typing import checked
+from tl_entity.choices import GIB
 from tl_entity.hooks.points import n_kv_heads
 from tl_entity.ranks import SomeRows
-
-GIB = 2**30
 
 
 @checked

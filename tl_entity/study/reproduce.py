@@ -14,6 +14,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from tl_entity._typing import checked
+from tl_entity.devices import check_device
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
 from tl_entity.hooks.cross_model import check_same_architecture
@@ -112,7 +113,7 @@ def reproduce(
     """
     out = Path(out)
     check_writable(out)
-    _check_device(settings.device)
+    check_device(settings.device)
     facts = {role: inspect(settings, role) for role in settings.sources}
     head_counts = [facts[role].n_layers * facts[role].n_heads for role in settings.models]
     sizes, receiver_sizes = resolve_sizes(settings, min(head_counts))
@@ -288,14 +289,6 @@ def _joined(
     return dataclasses.replace(settings, only=both)
 
 
-def _check_device(device: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"The device {device} can't be used: {reason}") from None
-
-
 def _load(settings: Settings, role: str) -> HookedTransformer:
     return load_model(
         settings.sources[role],
@@ -400,11 +393,11 @@ def _code_fingerprint() -> str:
     """Hash of this package's sources: no outcome of other code is taken for this code's."""
     package = Path(__file__).parent.parent
     # How results are shown and models are trained changes no outcome.
-    shown = {package / "cli.py", package / "__main__.py"}
+    shown = {package / "__main__.py"}
     shown |= {package / "study" / name for name in ("report.py", "figures.py", "published.py")}
     found = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        if path not in shown and path.parent.name not in ("training", "plots"):
+        if path not in shown and path.parent.name not in ("training", "plots", "cli"):
             found.update(path.relative_to(package).as_posix().encode())
             found.update(path.read_bytes())
     return found.hexdigest()

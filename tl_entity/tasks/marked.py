@@ -77,6 +77,11 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
     answers: list[int] = []
     positions: dict[str, list[int]] = {name: [] for name in names}
     roles: list[list[str]] = []
+    answered = iter(
+        encode(
+            tokenizer, [f"{text.text} {text.answer}" for text in texts if text.answer is not None]
+        )
+    )
     for text, encoded in zip(texts, encode(tokenizer, [text.text for text in texts]), strict=True):
         ids, offsets = encoded.ids, encoded.offsets
         if tuple(text.spans) != names:
@@ -86,7 +91,8 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
             )
         for name in names:
             positions[name].append(_token_of_span(tokenizer, text, name, ids, offsets))
-        answers.append(_answer_token(tokenizer, text, ids))
+        whole = None if text.answer is None else next(answered).ids
+        answers.append(_answer_token(tokenizer, text, ids, whole))
         rows.append(ids)
         roles.append(_roles_of_tokens(text, offsets))
     lengths = torch.tensor([len(row) for row in rows])
@@ -131,15 +137,18 @@ def _token_of_span(
 
 def _roles_of_tokens(text: MarkedText, offsets: Sequence[Span]) -> list[str]:
     """The role of each token of a text."""
-
-    def role_of(start: int, stop: int) -> str:
-        if start == stop:  # a special token covers no characters
-            return BEGINNING
-        word = text.text[start:stop]
-        first = start + len(word) - len(word.lstrip())
-        return next((role for role, span in text.roles if span[0] <= first < span[1]), OTHER)
-
-    return [BEGINNING if i == 0 else role_of(*span) for i, span in enumerate(offsets)]
+    words = text.text
+    role_at = [OTHER] * (len(words) + 1)
+    for role, (first, end) in reversed(text.roles):  # where two overlap, the first one holds
+        role_at[first:end] = [role] * (end - first)
+    roles = [BEGINNING] * len(offsets)
+    for index in range(1, len(offsets)):
+        start, stop = offsets[index]
+        if start < stop:  # a special token covers no characters, and begins
+            while start < stop and words[start].isspace():
+                start += 1
+            roles[index] = role_at[start]
+    return roles
 
 
 def _numbered_roles(
@@ -157,14 +166,18 @@ def _numbered_roles(
     return names, torch.tensor(padded)
 
 
-def _answer_token(tokenizer: PreTrainedTokenizerBase, text: MarkedText, ids: Sequence[int]) -> int:
-    if text.answer is None:
+def _answer_token(
+    tokenizer: PreTrainedTokenizerBase,
+    text: MarkedText,
+    ids: Sequence[int],
+    whole: Sequence[int] | None,
+) -> int:
+    """The answer's token, where the tokens of the prompt with its answer behind it are `whole`."""
+    if whole is None:
         return NO_ANSWER
-    (encoded,) = encode(tokenizer, [f"{text.text} {text.answer}"])
-    whole = encoded.ids
-    if whole[:-1] == list(ids) and whole[-1] != tokenizer.unk_token_id:
+    if list(whole[:-1]) == list(ids) and whole[-1] != tokenizer.unk_token_id:
         return whole[-1]
-    shown = " ".join(tokenizer.convert_ids_to_tokens(whole[len(ids) - 1 :]))
+    shown = " ".join(tokenizer.convert_ids_to_tokens(list(whole[len(ids) - 1 :])))
     raise InputError(
         f"The answer {text.answer!r} to {text.text!r} is not one token of this tokenizer: "
         f"{shown!r}."
