@@ -1,5 +1,7 @@
 """The command line: help without torch, and bad input as one sentence."""
 
+import dataclasses
+import errno
 import json
 import re
 import signal
@@ -8,10 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.study.helpers import save_random_model
 from tl_entity.cli import METHODS, main
-from tl_entity.study.settings import EXPERIMENTS
+from tl_entity.cli.ending import Signals, explain
+from tl_entity.cli.program import parse, parser
+from tl_entity.cli.study import settings_of
+from tl_entity.study.settings import EXPERIMENTS, Settings
+from tl_entity.training.finetune_settings import FinetuneSettings
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +190,151 @@ def test_run_as_a_module_says_its_version():
         [sys.executable, "-m", "tl_entity", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("tl-entity ")
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["reproduce", "--only", "knockot"], "did you mean knockout?"),
+        (["reproduce", "--base", "default-bas"], "did you mean default-base"),
+        (["reproduce", "--base", "/"], "has no config.json"),
+        (["reproduce", "--base-adapter", "/"], "has no adapter_config.json"),
+        (["reproduce", "--prompts", "1000000000"], "prompts must be at most 100000"),
+        (["reproduce", "--memory", "1e-9"], "Memory must be at least 1e-06 GiB"),
+        (["plan", "--memory", "1e-9"], "Memory must be at least 1e-06 GiB"),
+        (["plan", "--circuits", "1000000000"], "must be at most 10001"),
+        (["plan", "--circuits", "1e9"], "'1e9' is not a whole number"),
+        (
+            ["finetune", "--base", "default-base", "--out", "x", "--prompts", "1000000000"],
+            "prompts",
+        ),
+        (["finetune", "--base", "no/such/folder", "--out", "x"], "no/such/folder"),
+        (["reproduce", "--device", "cpu:999"], "there is one CPU"),
+        (["reproduce", "--device", ""], "write it like cpu, cuda or cuda:1"),
+        (["reproduce", "--out", ""], "an empty name is no folder"),
+        (["reproduce", "--out", "a\ud800"], "holds characters that no text has"),
+        (["reproduce", "--tuned", ""], "an empty name stands for no model"),
+        (["reproduce", "--gguf", "model.gguf", "--base", "nothing"], "There is no folder nothing"),
+        (["reprodce"], "there is no command 'reprodce'; did you mean reproduce?"),
+        (["reproduce", "--promts", "8"], "there is no option --promts; did you mean --prompts"),
+        (["reproduce", "8"], "'8' belongs to no option"),
+    ],
+)
+def test_what_can_be_refused_at_once_needs_no_torch(arguments, expected):
+    code = (
+        "import sys; from tl_entity.cli import main; "
+        f"assert main({arguments!a}) == 2; assert 'torch' not in sys.modules"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tl-entity: ") and expected in line
+
+
+def test_every_setting_has_an_option_that_says_what_it_is_and_its_default():
+    for command, settings in (("reproduce", Settings), ("finetune", FinetuneSettings)):
+        shown = {action.dest: action for action in parser()[1].choices[command]._actions}
+        for field in dataclasses.fields(settings):
+            action = shown[field.name]
+            assert action.help and len(action.help) > 10, field.name
+            if isinstance(field.default, int | float | str) and action.nargs != 0:
+                assert f"default: {field.default}" in action.help
+            assert "`" not in action.help
+
+
+def test_a_gguf_file_is_part_of_a_models_name(tmp_path):
+    def base(*arguments: str) -> str:
+        return settings_of(parse(["reproduce", "--tuned-adapter", "a/b", *arguments])).base
+
+    assert base("--base", "qwen2.5-0.5b", "--gguf", "q8.gguf") == "Qwen/Qwen2.5-0.5B/q8.gguf"
+    assert base("--base", "some/one", "--gguf", "in/q8.gguf") == "some/one/in/q8.gguf"
+    assert base("--base", str(tmp_path), "--gguf", "q8.gguf") == f"{tmp_path}/q8.gguf"
+    given = settings_of(parse(["reproduce", "--base", "x/y", "--gguf", "z.gguf", "--tuned", "t/u"]))
+    assert (given.base, given.tuned) == ("x/y/z.gguf", "t/u")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["argparse", "tl_entity.study.settings", "torch"])
+def test_a_signal_before_the_start_is_one_line(number, module):
+    # The signal comes while this module is imported.
+    code = f"""
+import os, sys
+import tl_entity.cli
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == {module!r}:
+        os.kill(os.getpid(), {int(number)})
+for name in [name for name in sys.modules if name == {module!r}]:
+    del sys.modules[name]
+sys.addaudithook(interrupt)
+sys.exit(tl_entity.cli.main(["reproduce", "--device", "cuda:77"]))
+"""
+    done = run_python(code)
+    assert done.returncode == 128 + number
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tl-entity: interrupted")
+
+
+def test_termination_says_what_an_interrupt_says(model, tmp_path):
+    arguments = ["reproduce", "--base", str(model), "--tuned", "none", "--prompts", "100"]
+    arguments += ["--all-pairs", "--no-png", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tl_entity", *arguments, "--verbose"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr:
+            if "base_accuracy" in line:
+                break
+        run.terminate()
+        said = run.stderr.read()
+    assert run.returncode == 143
+    assert said.splitlines()[-1].startswith("tl-entity: interrupted. Finished steps are kept")
+
+
+def ended(capsys, error: BaseException, out: Path | None) -> tuple[int, str]:
+    try:
+        raise error
+    except BaseException as caught:
+        code = explain(caught, Signals(), out)
+    (line,) = capsys.readouterr().err.splitlines()
+    return code, line
+
+
+def test_a_fault_of_ours_is_one_line_and_its_traceback_a_file(capsys, tmp_path):
+    code, line = ended(capsys, KeyError("lost\nand found"), tmp_path)
+    assert code == 1
+    assert "a fault of tl-entity" in line and "KeyError" in line
+    (file,) = tmp_path.iterdir()
+    assert str(file) in line
+    assert "Traceback" in file.read_text() and "in ended" in file.read_text()
+    # Where the folder is not there yet, it is not made.
+    code, line = ended(capsys, ValueError("bad"), tmp_path / "out")
+    assert code == 1 and not (tmp_path / "out").exists()
+    elsewhere = Path(re.search(r"The traceback is in (\S+)\.", line)[1])
+    assert "ValueError: bad" in elsewhere.read_text()
+    elsewhere.unlink()
+
+
+def test_too_little_memory_is_one_line_with_what_takes_less(capsys, tmp_path):
+    errors: list[BaseException] = [MemoryError(), OSError(errno.ENOMEM, "no room")]
+    for sizes in ((10**15,), (10**9, 10**6)):
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(sizes)
+        errors.append(refused.value)
+    errors.append(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB"))
+    for error in errors:
+        code, line = ended(capsys, error, tmp_path)
+        assert code == 1 and "out of memory" in line and "--batch-size 1" in line
+
+
+def test_names_with_line_ends_stay_in_one_line(capsys):
+    assert "no/\x0bsuch" not in refused(capsys, "reproduce", "--base", "no\nsuch\x0b/folder")
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    code = "import os, sys; os.close(1); os.open(os.devnull, os.O_WRONLY); "
+    code += "r, w = os.pipe(); os.dup2(w, 1); os.close(r); from tl_entity.cli import main; "
+    code += "sys.exit(main(['models']) and 3)"
+    done = run_python(code)
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr

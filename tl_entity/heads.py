@@ -11,6 +11,7 @@ from tl_entity._typing import reads
 from tl_entity._words import described
 from tl_entity.errors import ArgumentError, InputError
 from tl_entity.output import write_atomically
+from tl_entity.reading import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,12 +172,13 @@ class Circuit:
         seen: dict[tuple[str, Head], str] = {}
         for group in self.groups:
             for head in group.heads:
-                other = seen.setdefault((group.position, head), group.name)
-                if other != group.name or group.heads.count(head) > 1:
+                if (group.position, head) in seen:
+                    other = seen[group.position, head]
                     raise InputError(
                         f"{head} is in the circuit twice at position {group.position!r} "
                         f"({other} and {group.name}); a head acts once at a position."
                     )
+                seen[group.position, head] = group.name
 
     @classmethod
     def entity_tracking(cls, **heads: Iterable[tuple[int, int]]) -> "Circuit":
@@ -312,14 +314,7 @@ class Circuit:
             InputError: if the file is missing, is no JSON, or holds something else.
         """
         path = Path(path)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, IsADirectoryError):
-            raise InputError(f"{path}: no such circuit file.") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} is not a JSON file: {error}.") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{path} must hold an object of groups, not {content!r:.60}.")
+        content = read_json(path, what="circuit file", holds="an object of groups")
         if set(content) <= set(ENTITY_TRACKING_POSITIONS) and all(
             isinstance(entry, list) for entry in content.values()
         ):

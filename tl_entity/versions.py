@@ -1,7 +1,5 @@
 """Which TransformerLens is installed. Needs neither it nor torch."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from tl_entity.errors import InputError
 
 
@@ -14,6 +12,8 @@ def check_transformer_lens(installed: str | None = None) -> None:
     Raises:
         InputError: saying what to install.
     """
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         installed = installed or version("transformer_lens")
     except PackageNotFoundError:

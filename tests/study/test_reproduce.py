@@ -396,10 +396,10 @@ def test_names_of_models_are_escaped(done, results):
 
 
 def test_the_command_to_run_again_gives_the_same_settings(results, settings, tmp_path):
-    from tl_entity.cli import _parser
+    from tl_entity.cli.program import parse
 
     words = command(results["settings"]).replace("'", "").split()[1:]
-    options = _parser().parse_args(words)
+    options = parse(words)
     assert options.base == settings.base
     assert options.sizes == (2, 2, 2, 2)
     assert (options.prompts, options.boxes, options.seed) == (6, 3, 3)
@@ -407,7 +407,7 @@ def test_the_command_to_run_again_gives_the_same_settings(results, settings, tmp
 
 
 def test_little_memory_gives_the_same_study_in_smaller_chunks(done, results, settings, tmp_path):
-    from tl_entity.cli import _parser
+    from tl_entity.cli.program import parse
 
     watch = Watch()
     found = reproduce(replace(settings, memory=1e-5), tmp_path, progress=watch)  # 11 kB
@@ -419,7 +419,7 @@ def test_little_memory_gives_the_same_study_in_smaller_chunks(done, results, set
         for name in ("faithfulness", "completeness", "minimality", "knockout"):
             assert found["models"][role][name] == results["models"][role][name]
     words = command(found["settings"]).replace("'", "").split()[1:]
-    assert _parser().parse_args(words).memory == 1e-5
+    assert parse(words).memory == 1e-5
 
 
 def test_the_fingerprint_knows_weights_not_places(settings, tmp_path):

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from tl_entity._typing import checked
+from tl_entity.choices import GIB
 from tl_entity.hooks.points import n_kv_heads
 from tl_entity.ranks import SomeRows
-
-GIB = 2**30
 
 STANDS_FOR: ContextVar[str] = ContextVar("STANDS_FOR", default="cpu")
 """The device that the meta device stands for, where a run is planned: chunks are of its sizes."""

@@ -12,7 +12,7 @@ An ablation is a table of outputs and a rule that gives each token of a prompt a
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_entity._typing import checked
+from tl_entity.choices import AblationKind
 from tl_entity.errors import InputError
 from tl_entity.finite import check_finite
 from tl_entity.results import Result
@@ -27,9 +28,6 @@ from tl_entity.tasks.batches import NO_ROLE, PromptBatch
 
 if TYPE_CHECKING:
     import pandas as pd
-
-AblationKind = Literal["pooled", "resample", "index", "zero"]
-"""What ablated outputs are taken from."""
 
 LEAVES: dict[AblationKind, str] = {
     "pooled": "what all tokens of the same role have in common",

@@ -12,7 +12,8 @@ from tl_entity.finite import check_finite
 from tl_entity.models.adapter import Adapter, LowRank, TokenRows, is_part_of
 from tl_entity.models.adapter_config import by_pattern, check_adapter_config
 from tl_entity.models.checkpoint import EMBEDDING, UNEMBEDDING
-from tl_entity.models.files import read_json, read_tensors
+from tl_entity.models.files import read_tensors
+from tl_entity.reading import read_json
 
 # How tensors are named: the module, what it is, maybe the adapter's name, maybe a leaf.
 _LOW_RANK = re.compile(

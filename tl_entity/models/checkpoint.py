@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tl_entity.errors import InputError
-from tl_entity.models.files import read_json, read_tensors, reason, weight_files
+from tl_entity.models.files import read_tensors, reason, weight_files
 from tl_entity.models.hub import TOKENIZER_FILES, find_folder
+from tl_entity.models.registry import check_checkpoint_folder
 from tl_entity.models.tokenizers import read_tokenizer
+from tl_entity.reading import read_json
 
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -81,14 +83,7 @@ def memory_checkpoint(model: nn.Module) -> Checkpoint:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     file = folder / "config.json"
-    if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(
-                f"{folder} is an adapter, not a whole model; give it as adapter= with its base."
-            )
-        if any(folder.glob("*.gguf")):
-            raise InputError(f"{folder} holds GGUF files; say which one with gguf_file=.")
-        raise InputError(f"{folder} has no config.json; is it a checkpoint's folder?")
+    check_checkpoint_folder(folder)
     kind = read_json(file).get("model_type")
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

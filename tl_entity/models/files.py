@@ -4,12 +4,10 @@ Nothing here runs code from a file: pickles are read with `weights_only`, and an
 files of its own folder.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tl_entity.errors import InputError
+from tl_entity.reading import read_json
 
 LONGEST = 240
 """Characters of a library's message that are passed on."""
@@ -27,21 +26,6 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[:LONGEST].rpartition(' ')[0]} ..."
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        InputError: if it can't be read or holds anything else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON that can be read: {reason(error)}.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not JSON that can be read: it holds no object.")
-    return content
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -60,6 +44,10 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
             return _indexed_files(index)
     for pattern in (f"{stem}-*.safetensors", "*.safetensors", f"pytorch_{stem}-*.bin"):
         files = [file for file in folder.glob(pattern) if not file.name.startswith("adapter_")]
+        # A pipe that goes by such a name would keep the reader waiting for ever.
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file} is no plain file, so no weights can be read from it.")
         if files:
             return sorted(files)
     if (folder / "adapter_config.json").is_file():

@@ -37,6 +37,9 @@ from tl_entity.models.tokenizers import read_tokenizer
 DECODED_BYTES = 2**22
 """About how many bytes of float32 are decoded at a time."""
 
+MOST_ITEMS = 2**21
+"""Values and items of lists in a header; a vocabulary with its merges has half a million."""
+
 _SCALARS = {
     0: "B",
     1: "b",
@@ -360,8 +363,10 @@ def _read_header(file: Path) -> _Header:
         return _Parser(file).header()
     except InputError:
         raise
-    except (struct.error, ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+    except (struct.error, ValueError, LookupError, OverflowError, MemoryError) as error:
         raise InputError(f"{file} is damaged or no GGUF file: {reason(error)}.") from None
+    except RecursionError:
+        raise InputError(f"{file} is damaged: lists in lists run too deep.") from None
     except OSError as error:
         raise InputError(f"{file} can't be read: {error.strerror or error}.") from None
 
@@ -374,6 +379,7 @@ class _Parser:
         mapped: Any = _mapped(file)
         self.data = memoryview(mapped)
         self.at = 0
+        self.items_left = MOST_ITEMS
 
     def header(self) -> _Header:
         if bytes(self.data[:4]) != b"GGUF":
@@ -383,6 +389,7 @@ class _Parser:
         if version not in (2, 3):
             raise ValueError(f"it is of version {version}, and 2 and 3 are read")
         n_tensors, n_values = self.number("Q"), self.number("Q")
+        self.spend(n_tensors + n_values)
         values = {}
         for _ in range(n_values):
             name = self.string()
@@ -411,6 +418,17 @@ class _Parser:
         self.at += struct.calcsize(f"<{code}")
         return value
 
+    def numbers(self, code: str, length: int) -> list[Any]:
+        found = np.frombuffer(self.data, f"<{code}", length, self.at)
+        self.at += found.nbytes
+        return found.tolist()
+
+    def spend(self, items: int) -> None:
+        """Count what is read one by one, so that no file keeps the reader for minutes."""
+        self.items_left -= items
+        if self.items_left < 0:
+            raise ValueError(f"its header has more than {MOST_ITEMS} values")
+
     def string(self) -> str:
         length = self.number("Q")
         if length > len(self.data) - self.at:
@@ -426,6 +444,9 @@ class _Parser:
             item, length = self.number("I"), self.number("Q")
             if length > len(self.data) - self.at:
                 raise ValueError("a list runs beyond its end")
+            self.spend(length)
+            if item in _SCALARS:
+                return self.numbers(_SCALARS[item], length)
             return [self.value(item) for _ in range(length)]
         if kind not in _SCALARS:
             raise ValueError(f"a value is of the unknown kind {kind}")

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 
 from tl_entity.errors import InputError
 from tl_entity.models.files import reason
-from tl_entity.models.registry import REGISTRY, locate, registered
+from tl_entity.models.registry import hub_id, locate
 
 TOKENIZER_FILES: list[str] = [
     "config.json",
@@ -66,14 +66,7 @@ def find_folder(
                 f"{revision!r}, or give a hub id."
             )
         return local
-    model = registered(name_or_path)
-    name = str(name_or_path) if model is None or model.hub_id is None else model.hub_id
-    parts = name.split("/")
-    if isinstance(name_or_path, Path) or len(parts) != 2 or name.startswith((".", "~", "/")):
-        names = ", ".join(model.name for model in REGISTRY)
-        raise InputError(
-            f"There is no folder {name}, and it is no hub id (owner/name) and none of {names}."
-        )
+    name = hub_id(name_or_path)
 
     def fetch(patterns: list[str]) -> Path:
         return Path(

@@ -15,16 +15,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tl_entity._typing import checked
+from tl_entity.devices import check_device
 from tl_entity.errors import InputError
 from tl_entity.models.adapter import Adapter, adapted_config
 from tl_entity.models.adapter_files import read_adapter
 from tl_entity.models.bridge import bridge
 from tl_entity.models.checkpoint import Checkpoint, folder_checkpoint, memory_checkpoint
 from tl_entity.models.config import check_config, hooked_config
-from tl_entity.models.files import reason
 from tl_entity.models.gguf_file import gguf_checkpoint, gguf_tokenizer
 from tl_entity.models.hub import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, find_folder
-from tl_entity.models.registry import locate, registered
+from tl_entity.models.registry import gguf_on_hub, locate, registered
 from tl_entity.models.tokenizers import (
     fit_to_vocabulary,
     prepends_bos,
@@ -126,8 +126,9 @@ def load_model(
     Args:
         name_or_path: a name from the registry ("default-base", "llama-7b", ...; `tl-entity models`
             lists them); a folder with config.json, weights (safetensors, or `.bin` pickles, of
-            which only tensors are read) and a tokenizer; a GGUF file; a Hugging Face hub id; or a
-            causal language model of transformers, whose weights are then shared with it.
+            which only tensors are read) and a tokenizer; a GGUF file; a Hugging Face hub id
+            (`owner/name`, or `owner/name/file.gguf` for a GGUF file there); or a causal language
+            model of transformers, whose weights are then shared with it.
         adapter: a LoRA adapter to merge, plain, rank-stabilised or DoRA: folder or hub id. It is
             merged in float32, and the base's files or model stay as they are. Whole modules, rows
             of tokens and embeddings that it holds are used as peft uses them; with embeddings of
@@ -359,6 +360,9 @@ def _gguf(name_or_path: str | Path, gguf_file: str | None, **access: Any) -> Pat
         folder = find_folder(name_or_path, [*TOKENIZER_FILES, gguf_file], **access)
         return folder / gguf_file
     local = locate(name_or_path)
+    on_hub = gguf_on_hub(name_or_path) if local is None else None
+    if on_hub is not None:
+        return _gguf(*on_hub, **access)
     return local if local is not None and local.suffix == ".gguf" and local.is_file() else None
 
 
@@ -377,12 +381,7 @@ def usable_device(device: str | torch.device | None, n_devices: int) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.device(device).type == "meta":
-            raise InputError("The device 'meta' holds no numbers; give one that does.")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"The device {str(device)!r} can't be used: {reason(error)}") from None
+    check_device(str(device))
     there = torch.cuda.device_count() - (torch.device(device).index or 0)
     if n_devices < 1 or (n_devices > 1 and torch.device(device).type != "cuda"):
         raise InputError(f"n_devices={n_devices} can't be used with the device {str(device)!r}.")

@@ -1,9 +1,12 @@
 """Names for models, and where the data that ships is found. Needs no torch."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tl_entity.errors import InputError
+from tl_entity.errors import InputError, did_you_mean
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 PLANTED_FILE = "planted.json"
 """Beside a checkpoint whose circuit was planted: that circuit."""
@@ -199,6 +202,77 @@ def locate(name_or_path: str | Path) -> Path | None:
         return folder
     path = Path(name_or_path).expanduser()
     return path if path.exists() else None
+
+
+def hub_id(name_or_path: str | Path) -> str:
+    """The hub's name of a repository: that of a registered model, or the name itself.
+
+    Raises:
+        InputError: if it can be no such name, and so must have been meant as a folder.
+    """
+    model = registered(name_or_path)
+    name = str(name_or_path) if model is None or model.hub_id is None else model.hub_id
+    if isinstance(name_or_path, Path) or not _HUB_ID.fullmatch(name):
+        names = [model.name for model in REGISTRY]
+        raise InputError(
+            f"There is no folder {name}, and it is no hub id (owner/name) and none of "
+            f"{', '.join(names)}{did_you_mean(name, names)}"
+        )
+    return name
+
+
+def gguf_on_hub(name_or_path: str | Path) -> tuple[str, str] | None:
+    """Repository and file that `owner/name/file.gguf` stands for; None for any other name."""
+    if isinstance(name_or_path, Path) or not name_or_path.endswith(".gguf"):
+        return None
+    parts = name_or_path.split("/")
+    repository = "/".join(parts[:2])
+    if len(parts) < 3 or not _HUB_ID.fullmatch(repository):
+        return None
+    return repository, "/".join(parts[2:])
+
+
+def join_gguf(name_or_path: str, file: str) -> str:
+    """The one name of a GGUF file in a folder or hub repository."""
+    local = locate(name_or_path)
+    place = hub_id(name_or_path) if local is None else str(local)
+    return f"{place.rstrip('/')}/{file}"
+
+
+def check_model(name_or_path: str, *, adapter: bool = False) -> None:
+    """Make sure that a name can stand for a model, or for an adapter, without reading any of it.
+
+    Raises:
+        InputError: if it is no name, no hub id, and nothing of the kind is at this place.
+    """
+    local = locate(name_or_path)
+    if local is None:
+        if gguf_on_hub(name_or_path) is None:
+            hub_id(name_or_path)
+    elif local.is_dir():
+        if not adapter:
+            check_checkpoint_folder(local)
+        elif not (local / "adapter_config.json").is_file():
+            raise InputError(f"{local} has no adapter_config.json; is it an adapter's folder?")
+    elif adapter or not (local.suffix == ".gguf" and local.is_file()):
+        raise InputError(f"{local} is a file; give the checkpoint's folder.")
+
+
+def check_checkpoint_folder(folder: Path) -> None:
+    """Make sure that a folder has a checkpoint's configuration.
+
+    Raises:
+        InputError: saying what it is instead.
+    """
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} is an adapter, not a whole model; give it as adapter= with its base."
+        )
+    if any(folder.glob("*.gguf")):
+        raise InputError(f"{folder} holds GGUF files; say which one with gguf_file=.")
+    raise InputError(f"{folder} has no config.json; is it a checkpoint's folder?")
 
 
 def planted_circuit(name_or_path: str | Path) -> Path | None:

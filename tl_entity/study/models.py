@@ -88,17 +88,6 @@ def why_apart(settings: Settings, role: str) -> str | None:
     return None
 
 
-def check_device(device: str | None) -> None:
-    """Raises:
-    InputError: if the device can't be used.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"The device {device} can't be used: {reason}") from None
-
-
 def load(settings: Settings, role: str) -> HookedTransformer:
     """The model of a role."""
     return load_model(

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import torch
 
 from tl_entity._typing import checked
+from tl_entity.devices import check_device
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
 from tl_entity.methods.compare import Comparison, compare
@@ -40,7 +41,6 @@ from tl_entity.study.mechanism_figures import mechanism_figures
 from tl_entity.study.models import (
     Facts,
     about,
-    check_device,
     inspect,
     labels,
     load,

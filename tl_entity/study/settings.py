@@ -1,16 +1,14 @@
-"""What the main job is asked to do, and what it takes where nothing is said."""
+"""What the main job is asked to do, and what it takes where nothing is said. Needs no torch."""
 
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from tl_entity._typing import checked
-from tl_entity.errors import InputError
-from tl_entity.exact.memory import GIB
+from tl_entity.choices import GIB, AblationKind, Dtype, Engine, MatmulPrecision
+from tl_entity.errors import InputError, did_you_mean
 from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
-from tl_entity.hooks.ablations import AblationKind
 from tl_entity.models.registry import planted_circuit
 
 GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
@@ -59,42 +57,75 @@ SMALLEST_GROUP = 2
 FEWEST_PAIRS = 8
 """With fewer prompts answered right, there is no score worth the name."""
 
+LEAST: Mapping[str, int] = {
+    "prompts": 2,
+    "pairs": 2,
+    "boxes": 2,
+    "random_circuits": 0,
+    "mask_pairs": 4,
+    "draws": 1,
+    "mask_seeds": 1,
+    "seed": 0,
+    "batch_size": 1,
+}
+MOST: Mapping[str, int] = {
+    "prompts": 100_000,
+    "pairs": 100_000,
+    "random_circuits": 10_000,
+    "mask_pairs": 100_000,
+    "draws": 1_000,
+    "mask_seeds": 1_000,
+}
+"""Smallest and largest values of settings that are counts. Beyond these, making the prompts alone
+takes longer than anybody waits, and an interval gets no narrower that a figure could show."""
+
+LEAST_MEMORY = 1e-6
+"""GiB for intermediate results; a kilobyte."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """The main job's settings.
 
+    The command line makes its options, and explains them, from what stands here.
+
     Attributes:
-        base: name, folder or hub id of the base model.
-        tuned: the same of its fine-tune; None to study one model alone.
-        base_adapter: folder or hub id of a LoRA adapter to merge into the base.
-        tuned_adapter: the same for the fine-tune, which may then be the base itself.
+        base: base model: a name, a folder, a GGUF file or a hub id.
+        tuned: its fine-tune, given likewise; None to study one model alone.
+        base_adapter: folder or hub id of a LoRA adapter to merge into the base model.
+        tuned_adapter: the same for the fine-tune, which may be the base itself.
         control: a third model whose heads the base gets as well, as a control for the fine-tune's.
-        control_adapter: folder or hub id of a LoRA adapter to merge into the control.
+        control_adapter: the same for the control.
         prompts: prompts an accuracy.
-        pairs: pairs a discovery; None for as many as `prompts`.
-        boxes: boxes in the prompts that circuits are found and tested on; accuracy is measured for
-            2 up to so many.
-        sizes: heads kept in each group; None for the planted sizes, or else the paper's share.
-        receiver_sizes: heads of each of the first three groups that the next stage patches into;
-            None for all that were planted, or else the paper's share of the group.
-        random_circuits: how many, as control.
-        ablation: what ablated heads put out (`tl_entity.hooks.ablations`). The paper's, by token
-            index, is shown beside it.
-        mask_pairs: pairs that DCM trains, chooses and tests each mask on.
-        sparsities: prices of a head in DCM's loss, each tried (the paper's alone: §4.1).
+        pairs: pairs of prompts that each circuit is found from; None for as many as `prompts`.
+        boxes: boxes in a prompt; accuracy is measured for 2 up to so many.
+        sizes: heads kept in each of the four groups; None for as many as were planted, or else the
+            share that they have in the paper.
+        receiver_sizes: how many heads of each of the first three groups the next stage patches
+            into; None for all that were planted, or else the paper's share of the group.
+        random_circuits: how many random circuits to compare with.
+        ablation: what ablated heads put out: the mean over all tokens of the same role (pooled),
+            another prompt's output at such a token (resample), the mean at the token's index
+            (index, the paper's, which is always shown beside), or nothing (zero).
+        mask_pairs: pairs of prompts that DCM learns a mask from, half of them to train, the others
+            to choose and to test.
+        sparsities: prices of a head that DCM tries, each by itself; the best mask on validation
+            pairs is used.
         mask_seeds: draws of pairs that DCM learns a mask from, each by itself.
-        draws: how often the prompts of activation patching are drawn anew.
-        all_pairs: find circuits from prompts that the model answers wrong too.
+        draws: draws of the prompts that heads are patched on.
+        all_pairs: also find circuits from prompts that the model answers wrong.
         seed: all random choices follow from it.
-        engine: for path patching.
-        batch_size: prompts run together; None leaves it to each method.
-        memory: GiB that intermediate results may take; None finds it from the device.
+        engine: how paths are patched: computing only what can change (exact), or with a full run a
+            head (hooks).
+        batch_size: prompts run together; None for what memory allows.
+        memory: GiB that intermediate results may take; None for a quarter of the device's memory,
+            on a CPU at most 2.
         dtype: of weights and activations.
-        device: such as "cuda"; None for the best there is.
-        matmul_precision: of float32 matrix products, as torch names it.
-        ceiling: find the base's circuit a second time, from other pairs, to set what two circuits
-            share beside what one shares with itself. It takes as long as the first time.
+        device: such as cpu or cuda; None for the best there is.
+        matmul_precision: of float32 matrix products, where the hardware has faster ones: high is
+            TF32, medium bfloat16.
+        ceiling: find the base's circuit once more from other pairs, to set what two circuits share
+            beside what one shares with itself. It takes as long as the first time.
         only: the experiments wanted, of `EXPERIMENTS`; None for all. Accuracy and discovery, which
             all others build on, are always done.
         png: also draw every figure as PNG, which takes a second or two each.
@@ -119,27 +150,19 @@ class Settings:
     draws: int = 5
     all_pairs: bool = False
     seed: int = 0
-    engine: Literal["exact", "hooks"] = "exact"
+    engine: Engine = "exact"
     batch_size: int | None = None
     memory: float | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     device: str | None = None
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    matmul_precision: MatmulPrecision = "highest"
     ceiling: bool = False
     only: tuple[str, ...] | None = None
     png: bool = True
 
     def __post_init__(self) -> None:
-        fewest = {"prompts": 2, "boxes": 2, "random_circuits": 0, "mask_pairs": 4, "draws": 1}
-        fewest["mask_seeds"] = 1
-        fewest["seed"] = 0
-        for name, least in fewest.items():
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name.replace('_', ' ')} must be at least {least}, not {getattr(self, name)}."
-                )
-        if self.pairs is not None and self.pairs < 2:
-            raise InputError(f"pairs must be at least 2, not {self.pairs}.")
+        for name in {**LEAST, **MOST}:
+            _check_count(name, getattr(self, name))
         if not self.sparsities or not all(0 <= price < math.inf for price in self.sparsities):
             raise InputError(
                 f"Sparsities are prices of 0 or more, not {', '.join(map(str, self.sparsities))}."
@@ -152,15 +175,18 @@ class Settings:
             raise InputError("There is an adapter for a control model, and no such model.")
         if self.control is not None and self.tuned is None:
             raise InputError("A control stands beside a fine-tuned model, and there is none.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"The batch size must be at least 1, not {self.batch_size}.")
         if self.memory is not None and not 0 < self.memory < math.inf:
             raise InputError(f"Memory must be above 0 GiB, not {self.memory:g}.")
+        if self.memory is not None and self.memory < LEAST_MEMORY:
+            raise InputError(
+                f"Memory must be at least {LEAST_MEMORY:g} GiB, not {self.memory:g}: in less, not "
+                "one prompt's numbers have room."
+            )
         unknown = set(self.only or ()) - set(EXPERIMENTS)
         if unknown:
             raise InputError(
                 f"There is no experiment {', '.join(sorted(unknown))}; there are "
-                f"{', '.join(EXPERIMENTS)}."
+                f"{', '.join(EXPERIMENTS)}{did_you_mean(min(unknown), EXPERIMENTS)}"
             )
 
     @property
@@ -201,6 +227,16 @@ class Settings:
         return planted(self.models[role]) if self.adapters[role] is None else None
 
 
+def _check_count(name: str, count: int | None) -> None:
+    words = f"The {name.replace('_', ' ')}" if name == "batch_size" else name.replace("_", " ")
+    if count is None:
+        return
+    if count < LEAST.get(name, count):
+        raise InputError(f"{words} must be at least {LEAST[name]}, not {count}.")
+    if count > MOST.get(name, count):
+        raise InputError(f"{words} must be at most {MOST[name]}, not {count}.")
+
+
 @checked
 def experiments_for(names: Iterable[str]) -> tuple[str, ...]:
     """The experiments behind names of experiments, figures and tables, such as `base_knockout`.
@@ -215,9 +251,10 @@ def experiments_for(names: Iterable[str]) -> tuple[str, ...]:
         shown = next((known for known in (name, bare) if known in (*EXPERIMENTS, *SHOWN_BY)), None)
         if shown is None:
             others = ", ".join(SHOWN_BY)
+            meant = did_you_mean(name, (*EXPERIMENTS, *SHOWN_BY))
             raise InputError(
                 f"There is no experiment, figure or table {name}; there are "
-                f"{', '.join(EXPERIMENTS)}, and the figures and tables {others}."
+                f"{', '.join(EXPERIMENTS)}, and the figures and tables {others}{meant}"
             )
         experiment = SHOWN_BY.get(shown, shown)
         if experiment is not None:

@@ -4,16 +4,17 @@ import json
 import random
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.output import write_atomically
+from tl_entity.reading import parse_json, read_text
 from tl_entity.tasks.batches import PromptBatch
 from tl_entity.tasks.marked import MarkedText, Span, one_token_words, tokenize_marked
 from tl_entity.tasks.nouns import OBJECTS
@@ -33,8 +34,17 @@ SEGMENT_ROLES: tuple[str, ...] = ("the", "object", "is", "in", "box", "label")
 QUERY_ROLES: tuple[str, ...] = ("query_box", "query_label", "contains", "last")
 """The roles of the question's words."""
 
-_SEGMENT = re.compile(r"\b[Tt]he (\w+) is in Box (\w+)")
-_QUERY = re.compile(r"\bBox (\w+) contains the(?: (\w+))?\.?\s*$")
+_LINES_A_NOTE = 1000
+"""How often the reading of prompts is told of."""
+
+_SEGMENT = re.compile(r"\b([Tt]he) (\w+) (is) (in) (Box) (\w+)")
+_OBJECT, _LABEL = 2, 6
+"""Words of a segment."""
+
+_QUERY = re.compile(r"\b(Box) (\w+) (contains) (the)(?: (\w+))?\.?\s*$")
+_QUERIED, _ANSWER = 2, 5
+"""Words of the question."""
+
 _WORD = re.compile(r"\w+")
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]+")
 
@@ -150,11 +160,16 @@ def save_prompts(prompts: Iterable[BoxPrompt], path: str | Path) -> None:
 
 @checked
 def load_prompts(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limit: int | None = None,
+    progress: Callable[[int], object] = lambda lines: None,
 ) -> PromptBatch:
     """Read prompts from a JSONL file of `{"sentence": "... Box Q contains the bell."}` lines.
 
-    Blank lines are passed over; `limit` takes the first so many prompts.
+    Blank lines are passed over; `limit` takes the first so many prompts. `progress` is told how
+    many more lines have been read, every thousand.
 
     Raises:
         InputError: naming file and line, if the file is missing, holds no prompt, a line is no
@@ -162,27 +177,41 @@ def load_prompts(
             token.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{path}: no such file of prompts.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a UTF-8 text file.") from None
+    lines = read_text(path, what="file of prompts").split("\n")
+    numbers: list[int] = []
     texts: list[MarkedText] = []
     for number, line in enumerate(lines, start=1):
         if limit is not None and len(texts) >= limit:
             break
-        if not line.strip():
-            continue
-        try:
-            texts.append(_read_line(line))
-            # One line at a time, so that a label or object of two tokens is found by its line.
-            tokenize_marked(texts[-1:], tokenizer)
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
+        if line.strip():
+            texts.append(_read_line(line, f"{path}, line {number}"))
+            numbers.append(number)
+            if not len(texts) % _LINES_A_NOTE:
+                progress(_LINES_A_NOTE)
     if not texts:
         raise InputError(f"{path} holds no prompts.")
-    return tokenize_marked(texts, tokenizer)
+    progress(len(texts) % _LINES_A_NOTE)
+    try:
+        return tokenize_marked(texts, tokenizer)
+    except InputError:
+        index, error = _first_refused(texts, tokenizer)
+        raise InputError(f"{path}, line {numbers[index]}: {error}") from None
+
+
+def _first_refused(
+    texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, InputError]:
+    """Index of the first text that the tokenizer can't take, and why; there is one."""
+    start, end = 0, len(texts)
+    refused: InputError | None = None
+    while end - start > 1 or refused is None:
+        middle = max(start + 1, (start + end) // 2)
+        try:
+            tokenize_marked(texts[start:middle], tokenizer)
+            start = middle
+        except InputError as error:
+            end, refused = middle, error
+    return start, refused
 
 
 @checked
@@ -202,35 +231,42 @@ def mark_sentence(text: str, *, label_stands_in: int | None = None) -> MarkedTex
         InputError: if the sentence has no question at its end, the queried label is in no segment
             (and nothing stands in) or in more than one, or the answer given is another object.
     """
+    return _marked(text, label_stands_in)
+
+
+def _marked(text: str, label_stands_in: int | None) -> MarkedText:
+    # Apart from `mark_sentence`, whose check of types would take as long as all else.
     query = _QUERY.search(text)
     if query is None:
         raise InputError(f"{text!r:.120} does not end with a question 'Box Q contains the bell.'.")
     segments = [
-        (match.span(1), match.span(2)) for match in _SEGMENT.finditer(text[: query.start()])
+        (match.span(_OBJECT), match.span(_LABEL))
+        for match in _SEGMENT.finditer(text[: query.start()])
     ]
-    asked = [i for i, (_, label) in enumerate(segments) if _at(text, label) == query[1]]
+    queried, given = query[_QUERIED], query[_ANSWER]
+    asked = [i for i, (_, label) in enumerate(segments) if _at(text, label) == queried]
     if not asked and label_stands_in is not None:
         asked, answer = [label_stands_in], None
     elif len(asked) == 1:
         answer = _at(text, segments[asked[0]][0])
     else:
         raise InputError(
-            f"Box {query[1]} is mentioned {len(asked)} times before the question in {text!r}; "
+            f"Box {queried} is mentioned {len(asked)} times before the question in {text!r}; "
             "it must be once."
         )
-    if query[2] is not None and query[2] != answer:
-        raise InputError(f"Box {query[1]} contains the {answer}, not the {query[2]}, in {text!r}.")
+    if given is not None and given != answer:
+        raise InputError(f"Box {queried} contains the {answer}, not the {given}, in {text!r}.")
     correct_object, previous_label = segments[asked[0]]
-    prompt = text[: query.end()] if query[2] is None else text[: query.start(2)].rstrip()
+    prompt = text[: query.end()] if given is None else text[: query.start(_ANSWER)].rstrip()
     return MarkedText(
         text=prompt,
         spans={
-            "query_label": query.span(1),
+            "query_label": query.span(_QUERIED),
             "previous_query_label": previous_label,
             "correct_object": correct_object,
         },
         answer=answer,
-        roles=box_roles(prompt),
+        roles=_box_roles(prompt),
         knowing=KNOWING,
     )
 
@@ -247,6 +283,10 @@ def box_roles(text: str) -> tuple[tuple[str, Span], ...]:
     Raises:
         InputError: if the text does not end with a question.
     """
+    return _box_roles(text)
+
+
+def _box_roles(text: str) -> tuple[tuple[str, Span], ...]:
     query = _QUERY.search(text)
     if query is None:
         raise InputError(f"{text!r:.120} does not end with a question 'Box Q contains the'.")
@@ -254,16 +294,15 @@ def box_roles(text: str) -> tuple[tuple[str, Span], ...]:
     end, words, signs = 0, "before", "before"
     for segment in _SEGMENT.finditer(text[: query.start()]):
         roles += _roles_between(text, (end, segment.start()), words, signs)
-        roles += _roles_of_words(text, segment.span(), SEGMENT_ROLES)
+        roles += _roles_of_words(segment, SEGMENT_ROLES)
         end, words, signs = segment.end(), "between", "comma"
     roles += _roles_between(text, (end, query.start()), "after", "stop")
-    roles += _roles_of_words(text, query.span(), QUERY_ROLES)
+    roles += _roles_of_words(query, QUERY_ROLES)
     return tuple(roles)
 
 
-def _roles_of_words(text: str, span: Span, names: Sequence[str]) -> list[tuple[str, Span]]:
-    words = _WORD.finditer(text, *span)
-    return [(name, word.span()) for name, word in zip(names, words, strict=False)]
+def _roles_of_words(match: re.Match[str], names: Sequence[str]) -> list[tuple[str, Span]]:
+    return [(name, match.span(word)) for word, name in enumerate(names, start=1)]
 
 
 def _roles_between(text: str, span: Span, words: str, signs: str) -> list[tuple[str, Span]]:
@@ -275,14 +314,18 @@ def _at(text: str, span: Span) -> str:
     return text[slice(*span)]
 
 
-def _read_line(line: str) -> MarkedText:
+def _read_line(line: str, place: str) -> MarkedText:
+    content = parse_json(line, f"{place}: this")
     try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"not JSON ({error}).") from None
+        return _read_prompt(content)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def _read_prompt(content: Any) -> MarkedText:
     if not isinstance(content, dict) or not isinstance(content.get("sentence"), str):
         raise InputError('each line must be {"sentence": "... Box Q contains the bell."}.')
-    marked = mark_sentence(content["sentence"])
+    marked = _marked(content["sentence"], None)
     if marked.text.rstrip(". ") == content["sentence"].rstrip(". "):
         raise InputError(f"{content['sentence']!r} lacks the answer at its end.")
     return marked

@@ -45,15 +45,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Enc
         )
     if not texts:
         return []
-    encodings: Any = tokenizer(list(texts)).encodings
+    # Masks and types of tokens would be made of every text, and nobody asks for them.
+    encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
+    encodings: Any = encoded.encodings
     return [_as_prompt(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
 
 def _as_prompt(text: str, encoding: Any) -> EncodedText:
     ids: list[int] = encoding.ids
     offsets: list[Span] = encoding.offsets
+    sequences: list[int | None] = encoding.sequence_ids
+    if None not in sequences:
+        return EncodedText(ids, offsets)
     # The tokenizer's own additions belong to no sequence, special tokens in the text do.
-    own = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None]
+    own = [i for i, sequence in enumerate(sequences) if sequence is not None]
     if not own:
         return EncodedText(ids, offsets)
     first, end = own[0], own[-1] + 1

@@ -103,6 +103,16 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
         raise InputError("There are no prompts to tokenize.")
     names = texts[0].names
     encoded = encode(tokenizer, [text.text for text in texts])
+    answered = iter(
+        encode(
+            tokenizer,
+            [
+                f"{text.text}{' ' if text.space else ''}{text.answer}"
+                for text in texts
+                if text.answer is not None
+            ],
+        )
+    )
     prompts: list[_Tokens] = []
     for text, tokens in zip(texts, encoded, strict=True):
         if text.names != names:
@@ -110,7 +120,8 @@ def tokenize_marked(texts: Sequence[MarkedText], tokenizer: PreTrainedTokenizerB
                 f"{text.text!r} names the positions {', '.join(text.names)}; "
                 f"the first prompt has {', '.join(names)}."
             )
-        prompts.append(_Tokens.read(tokenizer, text, tokens))
+        whole = None if text.answer is None else next(answered).ids
+        prompts.append(_Tokens.read(tokenizer, text, tokens, whole))
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
     width = int(lengths.max())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -156,7 +167,11 @@ class _Tokens:
 
     @classmethod
     def read(
-        cls, tokenizer: PreTrainedTokenizerBase, text: MarkedText, encoded: EncodedText
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        text: MarkedText,
+        encoded: EncodedText,
+        whole: Sequence[int] | None,
     ) -> "_Tokens":
         marks = text.marks or ()
         marked = [name for name, _ in marks]
@@ -168,7 +183,7 @@ class _Tokens:
         for name, span in marks:
             tokens = _tokens_of_span(tokenizer, text, name, span, encoded, one=False)
             places.setdefault(name, []).append(tokens)
-        answer = _answer_token(tokenizer, text, encoded.ids)
+        answer = _answer_token(tokenizer, text, encoded.ids, whole)
         if text.marks is None:
             roles = _roles_of_tokens(text, encoded.offsets)
             return cls(encoded.ids, places, roles, False, answer)
@@ -248,15 +263,18 @@ def _roles_of_marks(named: Mapping[int, str], offsets: Sequence[Span]) -> list[s
 
 def _roles_of_tokens(text: MarkedText, offsets: Sequence[Span]) -> list[str]:
     """The role of each token of a text."""
-
-    def role_of(start: int, stop: int) -> str:
-        if start == stop:  # a special token covers no characters
-            return BEGINNING
-        word = text.text[start:stop]
-        first = start + len(word) - len(word.lstrip())
-        return next((role for role, span in text.roles if span[0] <= first < span[1]), OTHER)
-
-    return [BEGINNING if i == 0 else role_of(*span) for i, span in enumerate(offsets)]
+    words = text.text
+    role_at = [OTHER] * (len(words) + 1)
+    for role, (first, end) in reversed(text.roles):  # where two overlap, the first one holds
+        role_at[first:end] = [role] * (end - first)
+    roles = [BEGINNING] * len(offsets)
+    for index in range(1, len(offsets)):
+        start, stop = offsets[index]
+        if start < stop:  # a special token covers no characters, and begins
+            while start < stop and words[start].isspace():
+                start += 1
+            roles[index] = role_at[start]
+    return roles
 
 
 def _numbered_roles(
@@ -279,15 +297,18 @@ def _numbered_roles(
     return names, torch.tensor(padded)
 
 
-def _answer_token(tokenizer: PreTrainedTokenizerBase, text: MarkedText, ids: Sequence[int]) -> int:
-    if text.answer is None:
+def _answer_token(
+    tokenizer: PreTrainedTokenizerBase,
+    text: MarkedText,
+    ids: Sequence[int],
+    whole: Sequence[int] | None,
+) -> int:
+    """The answer's token, where the tokens of the prompt with its answer behind it are `whole`."""
+    if whole is None:
         return NO_ANSWER
-    space = " " if text.space else ""
-    (encoded,) = encode(tokenizer, [f"{text.text}{space}{text.answer}"])
-    whole = encoded.ids
-    if whole[:-1] == list(ids) and whole[-1] != tokenizer.unk_token_id:
+    if list(whole[:-1]) == list(ids) and whole[-1] != tokenizer.unk_token_id:
         return whole[-1]
-    shown = " ".join(tokenizer.convert_ids_to_tokens(whole[len(ids) - 1 :]))
+    shown = " ".join(tokenizer.convert_ids_to_tokens(list(whole[len(ids) - 1 :])))
     raise InputError(
         f"The answer {text.answer!r} to {text.text!r} is not one token of this tokenizer: "
         f"{shown!r}."

@@ -4,15 +4,28 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from tl_entity._typing import checked
-from tl_entity.errors import InputError
-from tl_entity.models.load import DTYPES
-from tl_entity.training.skills import SKILLS
+from tl_entity.choices import Dtype, SkillKind
+from tl_entity.errors import InputError, did_you_mean
+
+SKILLS: tuple[str, ...] = get_args(SkillKind)
+"""The kinds of text."""
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a block that an adapter can change."""
+
+MOST: Mapping[str, int] = {
+    "steps": 10_000_000,
+    "texts": 100_000,
+    "rank": 100_000,
+    "evaluate_every": 10_000_000,
+    "prompts": 100_000,
+    "boxes": 1_000,
+    "checkpoint_every": 10_000_000,
+}
+"""Largest values of settings that are counts; what no machine does, or nobody waits for."""
 
 
 @checked
@@ -25,19 +38,21 @@ class FinetuneSettings:
     answers alone, since all before them is random; in stories every word, which keeps the model's
     manner of writing.
 
+    The command line makes its options, and explains them, from what stands here.
+
     Attributes:
-        mix: kinds of text and their shares, as in `skills.SKILLS`.
-        steps: how many optimiser steps (AdamW, constant learning rate, no weight decay).
-        texts: how many texts a step.
+        mix: kinds of text and their shares.
+        steps: optimiser steps (AdamW, constant learning rate, no weight decay).
+        texts: texts a step.
         learning_rate: of AdamW.
-        rank: of the adapter's matrices.
-        alpha: the adapter's product is multiplied by alpha / rank; twice the rank if None.
-        targets: the layers that get an adapter, of `LAYERS`.
-        seed: for the adapter's first values and the texts.
+        rank: rank of the adapter's matrices.
+        alpha: scale of the adapter times its rank; None for twice the rank.
+        targets: layers that get an adapter.
+        seed: of the texts and the adapter's first values.
         evaluate_every: steps between two evaluations on the box task; there is also one before the
             first step and one after the last.
-        prompts: how many box prompts an evaluation takes, the same ones whatever the seed.
-        boxes: how many boxes a prompt has.
+        prompts: box prompts an evaluation, the same ones whatever the seed.
+        boxes: boxes in a prompt.
         checkpoint_every: steps between two adapters that are kept; the last is kept in any case.
         dtype: of the base's weights; the adapter's are float32 at least.
 
@@ -59,20 +74,24 @@ class FinetuneSettings:
     prompts: int = 100
     boxes: int = 7
     checkpoint_every: int = 20
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         for kind, share in self.mix.items():
             if kind not in SKILLS:
-                raise InputError(f"{kind!r} is no kind of text; there are {', '.join(SKILLS)}.")
+                raise InputError(
+                    f"{kind!r} is no kind of text; there are {', '.join(SKILLS)}"
+                    f"{did_you_mean(kind, SKILLS)}"
+                )
             if not (math.isfinite(share) and share > 0):
                 raise InputError(f"The share of {kind} is {share:g}; it must be above 0.")
         if not self.mix:
             raise InputError(f"The mix is empty; name kinds of text: {', '.join(SKILLS)}.")
-        names = ("steps", "texts", "rank", "evaluate_every", "prompts", "boxes", "checkpoint_every")
-        for name in names:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(
+                    f"{name} must be at least 1 and at most {most}, not {getattr(self, name)}."
+                )
         for name in ("learning_rate", "alpha"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -82,8 +101,8 @@ class FinetuneSettings:
                 raise InputError(f"{target!r} is no layer to adapt; there are {', '.join(LAYERS)}.")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise InputError("Name each layer to adapt once, and at least one.")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype {self.dtype} is none of {', '.join(DTYPES)}.")
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"dtype {self.dtype} is none of {', '.join(get_args(Dtype))}.")
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, with what is left open filled in."""
