@@ -155,7 +155,7 @@ def test_quiet_verbose_and_json(capsys, model, tmp_path):
     assert "tl-entity: base_accuracy: found finished" in said.err.splitlines()
     results = json.loads(said.out)
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
-    (tmp_path / "out" / "steps" / "base_accuracy.json").unlink()
+    (tmp_path / "out" / "steps" / "base_accuracy.safetensors").unlink()
     assert main([*given, "--verbose"]) == 0
     said = capsys.readouterr().err
     assert re.search(r"^tl-entity: base_accuracy: \d+\.\d s$", said, re.MULTILINE)
