@@ -20,10 +20,10 @@ from tl_entity.plots.heatmaps import (
 from tl_entity.plots.render import figure_html, figure_png
 
 
-def panel(layers=3, heads=4, *, scale=0.5, top_layer=2, seed=0, **more) -> HeadMap:
+def panel(layers=3, heads=4, *, scale=0.5, error=0.1, top_layer=2, seed=0, **more) -> HeadMap:
     scores = np.random.default_rng(seed).uniform(-scale, scale, (layers, heads))
     scores[top_layer:] = 0
-    intervals = np.stack([scores - 0.1, scores + 0.1], -1)
+    intervals = np.stack([scores - error, scores + error], -1)
     return HeadMap("title", scores, intervals, top_layer=top_layer, **more)
 
 
@@ -75,7 +75,8 @@ def test_one_far_outlier_does_not_turn_the_others_pale():
 
 
 def test_stages_share_a_scale_unless_theirs_are_too_different():
-    strong, weak, weaker = (panel(scale=scale) for scale in (0.8, 0.4, 0.01))
+    strong, weak = panel(scale=0.8), panel(scale=0.4)
+    weaker = panel(scale=0.01, error=0.001)
     both = shared_limits([[strong], [weak]])
     assert both == [colour_limit([strong])] * 2
     assert shared_limits([[strong], [weaker]]) == [colour_limit([strong]), colour_limit([weaker])]
@@ -86,6 +87,29 @@ def test_stages_share_a_scale_unless_theirs_are_too_different():
         colour_limit([strong]),
         colour_limit([weaker]),
     ]
+
+
+def test_noise_is_not_drawn_as_dark_as_what_is_strong():
+    """The largest of many scores of nothing is a few standard errors from 0."""
+    strong, noise = panel(scale=0.8), panel(scale=0.01, error=0.01)
+    assert shared_limits([[strong], [noise]]) == [colour_limit([strong])] * 2
+    # Of one model noise, of another not.
+    weak = panel(scale=0.01, error=0.001)
+    assert shared_limits([[strong], [noise, weak]])[1] == colour_limit([weak])
+    # Of a single pair nothing is known of the noise.
+    unknown = panel(scale=0.01, error=float("nan"))
+    assert shared_limits([[strong], [unknown]])[1] == colour_limit([unknown])
+
+
+def test_the_colour_bar_names_the_metric_and_only_a_bounded_one_is_cut():
+    scores = np.array([[-0.4, 30.0]])
+    assert colour_limit([HeadMap("", scores, metric="logit difference", bound=None)]) == 30
+    figure = head_heatmap(HeadMap("", scores, metric="logit difference", bound=None))
+    (trace,) = traces(figure, "scores")
+    assert trace.colorbar.title.text == "logit difference" and trace.zmax == 30
+    assert "logit difference +30.0000" in trace.customdata[0][1]
+    both = stage_heatmaps([panel(metric="m"), panel(metric="m", scale=0.01, error=0.001)], title="")
+    assert [t.colorbar.title.text for t in traces(both, "scores")] == ["m", "m"]
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (80, 64)])

@@ -23,8 +23,9 @@ from tl_entity.hooks.points import HeadInput, check_heads
 from tl_entity.hooks.vocabulary import check_pairs, check_tokens
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.ranks import shared_out
-from tl_entity.results import ROWS_SHOWN, Result, plain
-from tl_entity.stats import Z_95, mean_intervals
+from tl_entity.results import ROWS_SHOWN, plain
+from tl_entity.scores import ScoreMap, Scores, colour_bound
+from tl_entity.stats import Z_95
 from tl_entity.tasks.batches import PairBatch
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ HEADS_IN_A_LINE = 3
 
 @checked
 @dataclass(frozen=True)
-class HeadScores(Result):
+class HeadScores(ScoreMap):
     """How much the target's probability changes when each head takes its corrupt value.
 
     Attributes:
@@ -119,11 +120,7 @@ class HeadScores(Result):
         """
         from tl_entity.plots.heatmaps import head_heatmap
 
-        panel = self.panel(chosen=chosen, known=known, title=title)
-        if self.metric == RELATIVE_PROBABILITY.name:
-            return head_heatmap(panel)
-        # Other metrics have no bound at -1: the largest score is the darkest.
-        return head_heatmap(panel, limit=float(np.abs(panel.scores).max()) or None)
+        return head_heatmap(self.panel(chosen=chosen, known=known, title=title))
 
     def to_json(self) -> dict[str, Any]:
         """What was patched into what, and every head's mean score with its interval."""
@@ -158,17 +155,20 @@ class HeadScores(Result):
             known=tuple(known),
             elsewhere=tuple(elsewhere),
             top_layer=self.top_layer,
+            metric=self.metric,
+            bound=colour_bound(self.metric),
         )
 
     @property
-    def scores(self) -> Float[Tensor, "layer head"]:
-        """Mean over the pairs; the lower, the more important the head."""
-        return self.per_example.mean(-1)
-
-    @property
-    def intervals(self) -> Float64[np.ndarray, "layer head 2"]:
-        """95 % interval of each mean score."""
-        return mean_intervals(self.per_example.double().cpu().numpy())
+    def named(self) -> Scores:
+        """The same as scores with named axes."""
+        return Scores.numbered(
+            self.per_example,
+            ("layer", "head"),
+            metric=self.metric,
+            sign=-1,
+            about=f"path patching, {_path(self)}",
+        )
 
     @property
     def top_layer(self) -> int:
@@ -213,7 +213,7 @@ class HeadScores(Result):
 
 @checked
 @dataclass(frozen=True)
-class MLPScores(Result):
+class MLPScores(ScoreMap):
     """How much the target's probability changes when each layer's MLP takes its corrupt output.
 
     Attributes:
@@ -273,28 +273,18 @@ class MLPScores(Result):
 
     def plot(self, *, title: str | None = None) -> "go.Figure":
         """Bars, one a layer, with 95 % intervals."""
-        from tl_entity.plots.bars import Bar, grouped_bars
-
-        bars = {
-            str(layer): Bar(score, *bounds)
-            for layer, (score, bounds) in enumerate(
-                zip(self.scores.tolist(), self.intervals.tolist(), strict=True)
-            )
-        }
-        title = f"MLPs, {_path(self)}" if title is None else title
-        figure = grouped_bars({"MLP": bars}, title=title, axis="score")
-        figure.update_xaxes(title_text="layer", type="category")
-        return figure.update_yaxes(autorange=True, range=None, tickformat=None, dtick=None)
+        return self.named.plot(title=title)
 
     @property
-    def scores(self) -> Float[Tensor, " layer"]:
-        """Mean over the pairs; the lower, the more important the MLP."""
-        return self.per_example.mean(-1)
-
-    @property
-    def intervals(self) -> Float64[np.ndarray, "layer 2"]:
-        """95 % interval of each mean score."""
-        return mean_intervals(self.per_example.double().cpu().numpy())
+    def named(self) -> Scores:
+        """The same as scores with named axes."""
+        return Scores.numbered(
+            self.per_example,
+            ("layer",),
+            metric=self.metric,
+            sign=-1,
+            about=f"MLPs, {_path(self)}",
+        )
 
 
 @checked

@@ -15,20 +15,10 @@ from plotly.subplots import make_subplots
 
 from tl_entity._typing import checked
 from tl_entity.heads import Head
+from tl_entity.plots.score_maps import IMPORTANT_TO_HARMFUL, colour_bar
+from tl_entity.plots.score_maps import colour_limit as colour_limit
+from tl_entity.plots.score_maps import shared_limits as shared_limits
 from tl_entity.plots.style import INK, STYLE, UNREACHABLE
-
-IMPORTANT_TO_HARMFUL = [
-    [0.0, "#67001f"],
-    [0.15, "#b2182b"],
-    [0.3, "#d6604d"],
-    [0.42, "#f4a582"],
-    [0.5, "#ffffff"],
-    [0.58, "#92c5de"],
-    [0.7, "#4393c3"],
-    [0.85, "#2166ac"],
-    [1.0, "#053061"],
-]
-"""Diverging colours: red where the answer loses probability, white at 0, blue where it gains."""
 
 SHADES = [[0.0, "#ffffff"], [0.5, "#6baed6"], [1.0, "#08306b"]]
 """Colours of weights from 0 to 1."""
@@ -56,6 +46,8 @@ class HeadMap:
         known: heads known to matter, marked by a dot.
         elsewhere: heads chosen that belong to another group, outlined by dashes.
         top_layer: heads in this layer and above are hatched, as they cannot reach the receivers.
+        metric: what the scores are, for the colour bar.
+        bound: where colours are darkest at most; None for the largest score there is.
     """
 
     title: str
@@ -65,6 +57,8 @@ class HeadMap:
     known: tuple[Head, ...] = ()
     elsewhere: tuple[Head, ...] = ()
     top_layer: int | None = None
+    metric: str = "score"
+    bound: float | None = 1.0
 
 
 @checked
@@ -77,7 +71,7 @@ def head_heatmap(panel: HeadMap, *, limit: float | None = None) -> go.Figure:
     """
     layers, heads = panel.scores.shape
     figure = go.Figure()
-    _add_panel(figure, panel, limit or colour_limit([panel]), {"title": {"text": "score"}})
+    _add_panel(figure, panel, limit or colour_limit([panel]), {})
     figure.update_layout(
         template=STYLE,
         title_text=panel.title,
@@ -116,7 +110,7 @@ def stage_heatmaps(
     for index, (panel, limit) in enumerate(zip(panels, limits, strict=True)):
         row, column = index // columns + 1, index % columns + 1
         if one_scale:
-            bar = {"title": {"text": "score"}, "x": 1.05} if index == 0 else None
+            bar = {"x": 1.05} if index == 0 else None
         else:
             axes: Any = figure.get_subplot(row, column)
             (_, right), (low, high) = axes.xaxis.domain, axes.yaxis.domain
@@ -131,31 +125,6 @@ def stage_heatmaps(
     )
     figure.update_annotations(font_size=13)
     return figure
-
-
-@checked
-def colour_limit(panels: Sequence[HeadMap]) -> float:
-    """The score at which colours are darkest: the largest in size, but no more than 1.
-
-    A score cannot fall below -1, but one prompt can lift it far above 1; cut there, such a head
-    does not turn the others pale.
-    """
-    largest = max((float(np.abs(panel.scores).max()) for panel in panels), default=1.0)
-    return min(1.0, largest) or 1.0
-
-
-@checked
-def shared_limits(panels: Sequence[Sequence[HeadMap]], *, at_most: float = 4.0) -> list[float]:
-    """One colour limit for all stages, or, if theirs differ by more than a factor, one for each.
-
-    Args:
-        panels: for each stage the panels (of several models) that must be comparable.
-        at_most: this factor.
-    """
-    limits = [colour_limit(stage) for stage in panels]
-    if max(limits) <= at_most * min(limits):
-        return [max(limits)] * len(limits)
-    return limits
 
 
 @checked
@@ -237,7 +206,7 @@ def _add_panel(
     figure: go.Figure,
     panel: HeadMap,
     limit: float,
-    colour_bar: dict[str, Any] | None,
+    bar: dict[str, Any] | None,
     **place: Any,
 ) -> None:
     layers, heads = panel.scores.shape
@@ -249,13 +218,8 @@ def _add_panel(
             colorscale=IMPORTANT_TO_HARMFUL,
             customdata=_hover(panel),
             hovertemplate="%{customdata}<extra></extra>",
-            showscale=colour_bar is not None,
-            colorbar={
-                "thickness": 12,
-                "outlinewidth": 0,
-                "tickformat": ".2~g",
-                **(colour_bar or {}),
-            },
+            showscale=bar is not None,
+            colorbar={**colour_bar(panel.metric), **(bar or {})},
             xgap=1 if heads <= 32 else 0,
             ygap=1 if layers <= 32 else 0,
             name="scores",
@@ -369,7 +333,7 @@ def _hover(panel: HeadMap) -> list[list[str]]:
         row = []
         for index in range(heads):
             head = Head(layer, index)
-            lines = [f"<b>{head}</b>", f"score {panel.scores[layer, index]:+.4f}"]
+            lines = [f"<b>{head}</b>", f"{panel.metric} {panel.scores[layer, index]:+.4f}"]
             if panel.top_layer is not None and layer >= panel.top_layer:
                 lines = [lines[0], "cannot reach the receivers: 0"]
             elif panel.intervals is not None:

@@ -80,7 +80,8 @@ def joined(out: Path, settings: Settings) -> Settings:
         return settings
     theirs, both = earlier["only"], None
     if isinstance(theirs, list) and settings.only is not None:
-        both = tuple(name for name in EXPERIMENTS if name in {*theirs, *settings.only})
+        known = [name for name in theirs if name in EXPERIMENTS]
+        both = tuple(dict.fromkeys([*known, *settings.only]))
     ceiling = settings.ceiling or earlier.get("ceiling") is True
     return dataclasses.replace(settings, only=both, ceiling=ceiling)
 
