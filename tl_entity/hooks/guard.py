@@ -20,6 +20,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 OWN_HOOKS = ("transformer_lens.model_bridge.", "transformers.", "accelerate.")
 """Modules whose hooks belong to a TransformerBridge, which sets them in its first run."""
 
+CALLED_ALIKE = "embed"
+"""The module that every engine calls once for each run, so that a hook on it does no harm."""
+
 NAMED = 3
 """Hook points that a message names."""
 
@@ -88,6 +91,7 @@ def _check_hooks(model: Model) -> None:
         _plain(name) or "the model itself"
         for name, module in model.named_modules()
         if id(module) not in at_points
+        and name != CALLED_ALIKE
         and any(not _is_own(hook) for at in _HOOKS for hook in getattr(module, at).values())
     ]
     if not names:
