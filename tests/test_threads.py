@@ -158,6 +158,17 @@ def test_torch_hooks_on_modules_are_refused(name: str, module: str, said: str) -
     CALLS[name](model, pairs)
 
 
+def test_a_hook_on_the_embedding_is_honoured_alike() -> None:
+    """Both engines embed a prompt by that module, once a run."""
+    model, pairs = random_model(), random_pairs(8)
+    wanted = CALLS["path_patch, hooks"](model, pairs)
+    handle = model.embed.register_forward_hook(lambda module, given, out: 2 * out)
+    found = [CALLS[f"path_patch, {engine}"](model, pairs) for engine in ("exact", "hooks")]
+    handle.remove()
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], wanted)
+
+
 def test_torch_hooks_in_a_bridge_are_refused(bridge: Any) -> None:
     mlp = bridge.original_model.model.layers[1].mlp
     handle = mlp.register_forward_hook(lambda module, given, out: 2 * out)

@@ -49,6 +49,27 @@ def test_chance_is_drawn_within_layers_and_kinds() -> None:
     assert more.chance.expected == pytest.approx(nodes.chance.expected + 1 / 3)
 
 
+def test_unrelated_mechanisms_with_the_same_layers_and_roles_are_told_to_be() -> None:
+    """By simulation: two that have their roles in each layer in common, and nothing else."""
+    heads, found = range(14), []
+    generator = np.random.default_rng(0)
+    candidates = [Node(layer, head, r) for layer in range(6) for head in heads for r in ROLES]
+
+    def drawn() -> list[Node]:
+        return [
+            Node(layer, int(head), ROLES[layer % 3])
+            for layer in range(6)
+            for head in generator.choice(14, 5, replace=False)
+        ]
+
+    for _ in range(400):
+        found.append(compare_mechanisms(drawn(), drawn(), candidates=candidates).nodes)
+    assert np.mean([nodes.p_value_in_roles < 0.05 for nodes in found]) <= 0.06
+    # Chance by layers alone takes the roles for a finding, so the line gives both.
+    assert np.mean([nodes.p_value < 0.05 for nodes in found]) > 0.5
+    assert f"p = {found[0].p_value_in_roles:.2g}" in str(found[0])
+
+
 def test_choices_from_populations_that_differ_by_counting_them_all() -> None:
     ours, theirs = range(5), range(3, 9)  # 3 and 4 are in both
     counts = np.zeros(3)

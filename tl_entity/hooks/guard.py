@@ -17,6 +17,12 @@ from tl_entity.finite import are_finite, check_finite
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where torch keeps a module's hooks; those that TransformerLens adds are among them."""
 
+OWN_HOOKS = ("transformer_lens.model_bridge.", "transformers.", "accelerate.")
+"""Modules whose hooks belong to a TransformerBridge, which sets them in its first run."""
+
+CALLED_ALIKE = "embed"
+"""The module that every engine calls once for each run, so that a hook on it does no harm."""
+
 NAMED = 3
 """Hook points that a message names."""
 
@@ -80,15 +86,13 @@ def _check_hooks(model: Model) -> None:
     # At hook points, or on modules, which the exact engine calls in part, or not at all.
     points = model.hook_dict
     at_points = {id(point) for point in points.values()}
-    modules = [
-        (_plain(name) or "the model itself", module)
+    names = [name for name, point in points.items() if any(getattr(point, at) for at in _HOOKS)]
+    names += [
+        _plain(name) or "the model itself"
         for name, module in model.named_modules()
         if id(module) not in at_points
-    ]
-    names = [
-        name
-        for name, module in (*points.items(), *modules)
-        if any(getattr(module, at) for at in _HOOKS)
+        and name != CALLED_ALIKE
+        and any(not _is_own(hook) for at in _HOOKS for hook in getattr(module, at).values())
     ]
     if not names:
         return
@@ -98,6 +102,11 @@ def _check_hooks(model: Model) -> None:
         f"{', '.join(names[:NAMED])}{more}, which a recomputation would pass over; take them off "
         "with model.reset_hooks(including_permanent=True)."
     )
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook on a module is of the libraries that run it: they look, and change nothing."""
+    return str(getattr(hook, "__module__", "")).startswith(OWN_HOOKS)
 
 
 def _check_weights(model: Model, guard: _Guard) -> None:

@@ -72,6 +72,18 @@ class NodeOverlap(_Overlap):
     chance: Chance
     chance_in_roles: Chance
 
+    def __str__(self) -> str:
+        return (
+            f"{super().__str__()}; drawn within roles too {self.chance_in_roles.expected:.1f} by "
+            f"chance, p = {self.p_value_in_roles:.2g}"
+        )
+
+    @property
+    def p_value_in_roles(self) -> float:
+        """How probable it is to share so many or more by chance if which roles matter in which
+        layer is no sign of a common mechanism either, as where all of them read the last token."""
+        return self.chance_in_roles.at_least(len(self.shared))
+
 
 @dataclass(frozen=True)
 class EdgeOverlap(_Overlap):
