@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from tl_entity.metrics import Metric as Metric
     from tl_entity.models.load import load_model as load_model
     from tl_entity.models.load import load_tokenizer as load_tokenizer
+    from tl_entity.runs.runner import Runner as Runner
     from tl_entity.tasks.batches import PairBatch as PairBatch
     from tl_entity.tasks.batches import PromptBatch as PromptBatch
     from tl_entity.tasks.boxes import box_prompts as box_prompts
@@ -154,6 +155,7 @@ _HOME = {
     "PromptBatch": "tasks.batches",
     "random_circuits": "methods.random_circuits",
     "resample_ablation": "methods.ablations",
+    "Runner": "runs.runner",
     "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",
     "Unit": "methods.weight_units",

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from tl_entity._model import Model
