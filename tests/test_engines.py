@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests.random_models import random_model, random_pairs
 from tl_entity import Head, InputError, Metric, PairBatch, path_patch, path_patch_mlps
 from tl_entity.exact.path_patching import patched_values
+from tl_entity.hooks.path_patching import Path
 from tl_entity.hooks.run import answer_logits
 from tl_entity.metrics import LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT
 
@@ -72,9 +73,11 @@ def test_chunks_do_not_matter(receiver_input: str | None) -> None:
         "receivers": None if receiver_input is None else [Head(1, 1), Head(2, 2)],
         "receiver_input": receiver_input,
     }
-    _, whole = patched_values(model, pairs, **how)
+    inputs = None if receiver_input is None else {receiver_input: how["receivers"]}
+    path = Path(position=how["position"], receivers=inputs)
+    _, whole = patched_values(model, pairs, path)
     for chunked in ({"batch_size": 2}, {"memory": 1}, {"batch_size": 1, "memory": 30_000}):
-        _, parts = patched_values(model, pairs, **how, **chunked)
+        _, parts = patched_values(model, pairs, path, **chunked)
         torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
     parts = path_patch(model, pairs, **how, engine="hooks", batch_size=2).per_example
     torch.testing.assert_close(

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from tl_entity.metrics import Metric as Metric
     from tl_entity.models.load import load_model as load_model
     from tl_entity.models.load import load_tokenizer as load_tokenizer
+    from tl_entity.runs.runner import Runner as Runner
     from tl_entity.scores import Scores as Scores
     from tl_entity.tasks.batches import PairBatch as PairBatch
     from tl_entity.tasks.batches import PromptBatch as PromptBatch
@@ -159,6 +160,7 @@ _HOME = {
     "PromptBatch": "tasks.batches",
     "random_circuits": "methods.random_circuits",
     "resample_ablation": "methods.ablations",
+    "Runner": "runs.runner",
     "Scores": "scores",
     "Stage": "methods.discovery",
     "summarize_attention": "methods.attention",

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_entity._typing import checked, reads
 from tl_entity._words import described
 from tl_entity.errors import ArgumentError, InputError
+from tl_entity.finite import check_finite
 from tl_entity.tasks.batches import PairBatch
 
 MOST_LOG_CHANGE = 64.0
@@ -133,6 +134,18 @@ def _first(of_tokens: Tensor, pairs: PairBatch) -> Tensor:
     return of_tokens.to(torch.promote_types(of_tokens.dtype, torch.float32))[..., 0]
 
 
+def _probability(log_probabilities: Tensor, pairs: PairBatch) -> Tensor:
+    return _first(log_probabilities, pairs).exp()
+
+
+def _target_beats_foil(logits: Tensor, pairs: PairBatch) -> Tensor:
+    return (_target_minus_foil(logits, pairs) > 0).float()
+
+
+def _is_most_likely(logits: Tensor, pairs: PairBatch) -> Tensor:
+    return (logits.argmax(-1) == pairs.targets.to(logits.device)).float()
+
+
 RELATIVE_PROBABILITY = Metric(
     "relative probability",
     _first,
@@ -151,9 +164,26 @@ LOGIT_DIFFERENCE = Metric("logit difference", _target_minus_foil, tokens=_target
 TARGET_LOGIT = Metric("target logit", _first, tokens=_target_only)
 """Change of the target's logit."""
 
+PROBABILITY = Metric("probability", _probability, tokens=_target_only, log_probabilities=True)
+"""Change of the target's probability."""
+
+ANSWER_BEATS_FOIL = Metric("answer beats foil", _target_beats_foil, tokens=_target_and_foil)
+"""1 where the target's logit is above its foil's, 0 where it is not; its mean is the share."""
+
+ACCURACY = Metric("accuracy", _is_most_likely)
+"""1 where the target is the most likely token of the whole vocabulary, 0 where it is not."""
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for metric in (RELATIVE_PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE, TARGET_LOGIT)
+    for metric in (
+        RELATIVE_PROBABILITY,
+        LOG_PROBABILITY,
+        PROBABILITY,
+        LOGIT_DIFFERENCE,
+        TARGET_LOGIT,
+        ANSWER_BEATS_FOIL,
+        ACCURACY,
+    )
 }
 """The metrics by name; wherever a metric is wanted, its name will do."""
 
@@ -196,3 +226,13 @@ def _of_function(function: Callable[..., Any]) -> Metric:
 
 
 reads(Metric, _read_metric, "or its name, or a function of logits")
+
+
+def check_values(metric: Metric, values: Tensor, of: str = "") -> None:
+    """Make sure that a metric of finite logits is finite.
+
+    Raises:
+        NotFiniteError: naming the metric, and what its values are of.
+    """
+    advice = "the logits are finite, so it is the metric that is not defined for this pair"
+    check_finite(f"The metric {metric.name!r}{of}", values, advice)

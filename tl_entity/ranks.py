@@ -24,6 +24,29 @@ class Rows(Protocol):
 SomeRows = TypeVar("SomeRows", bound=Rows)
 
 
+class Together:
+    """Several things that have an entry for each prompt, such as pairs and tensors, as one: they
+    are sliced together.
+
+    Attributes:
+        parts: the things.
+
+    Raises:
+        ValueError: if they have not equally many entries.
+    """
+
+    def __init__(self, *parts: Rows) -> None:
+        if len({len(part) for part in parts}) != 1:
+            raise ValueError(f"{[len(part) for part in parts]} entries can't go together.")
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, rows: slice, /) -> "Together":
+        return Together(*(part[rows] for part in self.parts))
+
+
 @contextmanager
 def process_group() -> Generator[None, None, None]:
     """Within this context the processes that `torchrun` started work together; without `torchrun`

@@ -22,6 +22,7 @@ from tl_entity.exact.blocks import device_of, unembed
 from tl_entity.exact.path_patching import patched_values
 from tl_entity.exact.suffix import CleanRun
 from tl_entity.hooks.edits import MaskHeads, ReplaceWhere, knock_out, patch_heads
+from tl_entity.hooks.path_patching import Path
 from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
 from tl_entity.metrics import LOG_PROBABILITY, RELATIVE_PROBABILITY, TARGET_LOGIT
@@ -90,15 +91,9 @@ def test_the_layers_are_apart(model: HookedTransformer) -> None:
     ],
 )
 def test_path_patching(model, pairs, metric, position, receiver_input, senders):
-    clean, values = patched_values(
-        model,
-        pairs,
-        position=position,
-        senders=senders,
-        receivers=None if receiver_input is None else RECEIVERS,
-        receiver_input=receiver_input,
-        metric=metric,
-    )
+    receivers = None if receiver_input is None else {receiver_input: RECEIVERS}
+    path = Path(senders, position, receivers)
+    clean, values = patched_values(model, pairs, path, metric=metric)
     assert clean.device.type == values.device.type == "meta"
     assert values.shape == (N_LAYERS, 4 if senders == "heads" else 1, len(pairs))
 

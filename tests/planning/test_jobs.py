@@ -239,7 +239,9 @@ def test_path_patching_by_plain_hooks(model, pairs, receiver_input):
     job = PathPatching("last", receivers, receiver_input)
     real = seen(
         lambda: hooks_engine.patched_values(
-            model, pairs, position="last", receivers=receivers, receiver_input=receiver_input
+            model,
+            pairs,
+            hooks_engine.Path(receivers=None if receivers is None else {"q": receivers}),
         )
     )
     count = job.count(model, pairs, MEMORY)

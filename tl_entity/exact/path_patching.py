@@ -7,7 +7,7 @@ afterwards, only tokens from theirs on and layers from theirs up can change: the
 recomputes just these, against the clean run's keys and values.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +36,19 @@ from tl_entity.exact.window import (
     Window,
     WindowEdit,
 )
-from tl_entity.heads import Head
 from tl_entity.hooks.guard import guarded
-from tl_entity.hooks.path_patching import Senders
+from tl_entity.hooks.path_patching import Path
 from tl_entity.hooks.points import HeadInput, hook_point, n_kv_heads
 from tl_entity.hooks.run import record
 from tl_entity.hooks.watch import assure_finite, located
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch
+
+ByLayer = Mapping[int, Mapping[HeadInput, Sequence[int]]]
+"""Head indices by layer and by which of their inputs is patched."""
+
+Inputs = dict[int, dict[HeadInput, Float[Tensor, "senders member receivers d_head"]]]
+"""What receivers get from each sender below them."""
 
 ROWS_ENOUGH = 4096
 """A matrix product with so many rows runs at full speed."""
@@ -57,11 +62,8 @@ LOGITS_CHUNK_BYTES = 64 * 2**20
 def patched_values(
     model: Model,
     pairs: PairBatch,
+    path: Path,
     *,
-    position: str,
-    senders: Senders = "heads",
-    receivers: Sequence[Head] | None = None,
-    receiver_input: HeadInput | None = None,
     metric: Metric = RELATIVE_PROBABILITY,
     batch_size: int | None = None,
     memory: int | None = None,
@@ -75,10 +77,7 @@ def patched_values(
     Args:
         model: the model.
         pairs: clean and corrupt prompts.
-        position: where senders and receivers are.
-        senders: every head, or every layer's MLP.
-        receivers: heads whose input is patched; None to patch the logits directly.
-        receiver_input: what of the receivers is patched; needed exactly if there are receivers.
+        path: what is patched, and into what.
         metric: how runs are scored.
         batch_size: pairs recomputed together; from the memory bound if left out.
         memory: bytes that intermediate results may take; found from the device if left out. A
@@ -92,32 +91,19 @@ def patched_values(
     """
     check_supported(model)
     memory = memory_budget(model.cfg.device) if memory is None else memory
-    by_layer: dict[int, list[int]] = {}
-    for receiver in sorted(set(receivers or ())):
-        by_layer.setdefault(receiver.layer, []).append(receiver.head)
-    top = model.cfg.n_layers if receivers is None else max(by_layer, default=0)
-    n_senders = model.cfg.n_heads if senders == "heads" else 1
+    by_layer, top = path.by_layer, path.top(model.cfg.n_layers)
+    n_senders = model.cfg.n_heads if path.senders == "heads" else 1
 
-    def alike(chunk: PairBatch) -> object:
-        at, last = (chunk.clean.position(name) for name in (position, ANSWER_POSITION))
-        shapes = chunk.clean.tokens.shape, chunk.corrupt.tokens.shape
-        masks = chunk.clean.attention_mask is None, chunk.corrupt.attention_mask is None
-        windows = tuple(sorted(zip((last - at).tolist(), at.tolist(), strict=True)))
-        patched = (receiver_input, tuple((r, len(heads)) for r, heads in by_layer.items()))
-        family = shapes, masks, senders, patched, receivers is None, metric, memory
-        return Alike((windows, family), family, sum(length for length, _ in windows))
-
-    @piece(alike=alike)
+    @piece(alike=lambda chunk: _alike(chunk, path, metric, memory))
     def compute(chunk: PairBatch) -> tuple[Tensor, Tensor]:
-        reached_from = top if receivers or any_at_answer(chunk, position) else 0
-        runs = _Runs.record(model, chunk, position, senders, by_layer, reached_from, metric)
+        reached_from = top if by_layer or any_at_answer(chunk, path.position) else 0
+        runs = _Runs.record(model, chunk, path, reached_from, metric)
         values = runs.clean.expand(model.cfg.n_layers, n_senders, -1).clone()
         if reached_from:
-            if receivers is None:
+            if path.receivers is None:
                 reached = _through_mlps(model, runs)
             else:
-                assert receiver_input is not None
-                reached = _through_receivers(model, runs, by_layer, receiver_input, memory)
+                reached = _through_receivers(model, runs, memory)
             # A sender that keeps its value changes nothing, whatever rounding says.
             values[:top] = reached.where(runs.moved, runs.clean).unflatten(0, (top, n_senders))
         return runs.clean, values
@@ -134,6 +120,24 @@ def patched_values(
     return torch.cat([clean for clean, _ in found]), torch.cat([p for _, p in found], -1)
 
 
+def _alike(chunk: PairBatch, path: Path, metric: Metric, memory: int) -> Alike:
+    at, last = (chunk.clean.position(name) for name in (path.position, ANSWER_POSITION))
+    shapes = chunk.clean.tokens.shape, chunk.corrupt.tokens.shape
+    masks = chunk.clean.attention_mask is None, chunk.corrupt.attention_mask is None
+    windows = tuple(sorted(zip((last - at).tolist(), at.tolist(), strict=True)))
+    patched = (path.receivers is None, _sizes(path.by_layer))
+    family = shapes, masks, path.senders, patched, metric, memory
+    return Alike((windows, family), family, sum(length for length, _ in windows))
+
+
+def _sizes(by_layer: ByLayer) -> tuple[object, ...]:
+    return tuple(
+        (layer, which, len(heads))
+        for layer, inputs in by_layer.items()
+        for which, heads in inputs.items()
+    )
+
+
 @dataclass(frozen=True)
 class _Runs:
     """What the passes need of the clean and the corrupt run, and nothing more.
@@ -146,7 +150,7 @@ class _Runs:
         clean: the metric in the clean run.
         deltas: corrupt minus clean outputs of each layer's senders: `z` of heads, or `mlp_out`.
         points: the recorded activations of the clean run by hook point name.
-        senders: what is patched.
+        path: what is patched, and into what.
         top: layers from here up hold no sender that can reach a receiver.
     """
 
@@ -157,7 +161,7 @@ class _Runs:
     clean: Float[Tensor, " batch"]
     deltas: list[Float[Tensor, "batch *sender width"]]
     points: dict[str, Tensor]
-    senders: Senders
+    path: Path
     top: int
 
     @classmethod
@@ -166,14 +170,13 @@ class _Runs:
         cls,
         model: Model,
         pairs: PairBatch,
-        position: str,
-        senders: Senders,
-        receivers: dict[int, list[int]],
+        path: Path,
         top: int,
         metric: Metric,
     ) -> "_Runs":
+        position, receivers = path.position, path.by_layer
         n_layers = model.cfg.n_layers
-        sent = [hook_point("z" if senders == "heads" else "mlp_out", n) for n in range(top)]
+        sent = [hook_point("z" if path.senders == "heads" else "mlp_out", n) for n in range(top)]
         points: dict[str, str | None] = dict.fromkeys(sent, position)
         for layer in range(top):
             points |= {hook_point(name, layer): position for name in ("attn_out", "resid_mid")}
@@ -192,7 +195,7 @@ class _Runs:
             clean=metric_values(model, seen.pop(final)[None], pairs, metric)[0],
             deltas=[corrupt[name] - seen[name] for name in sent],
             points=seen,
-            senders=senders,
+            path=path,
             top=top,
         )
 
@@ -220,7 +223,7 @@ class _Runs:
     @property
     def per_layer(self) -> int:
         """Senders in a layer."""
-        return self.deltas[0].shape[1] if self.senders == "heads" else 1
+        return self.deltas[0].shape[1] if self.path.senders == "heads" else 1
 
 
 @piece(CHAIN)
@@ -247,7 +250,7 @@ def _held_pass(
         rows = rows.to(device_of(model, layer))
         yield layer, rows[below]
         rows[below] += runs.at_senders("attn_out", layer)
-        if runs.senders == "heads":
+        if runs.path.senders == "heads":
             # Each head's change through its own slice of the output projection.
             w_o = model.blocks[layer].attn.W_O
             change = torch.bmm(runs.deltas[layer].transpose(0, 1), w_o)
@@ -264,27 +267,30 @@ def _held_pass(
 def _through_receivers(
     model: Model,
     runs: _Runs,
-    receivers: dict[int, list[int]],
-    receiver_input: HeadInput,
     memory: int,
 ) -> Float[Tensor, "senders batch"]:
-    """The metric when the senders' changes reach the receivers' input, and nothing else."""
-    inputs = {
-        layer: project(
-            model, layer, receiver_input, model.blocks[layer].ln1(rows), receivers[layer]
-        )
-        for layer, rows in _held_pass(model, runs)
-        if layer in receivers
-    }
+    """The metric when the senders' changes reach the receivers' inputs, and nothing else."""
+    receivers = runs.path.by_layer
+    inputs: Inputs = {}
+    for layer, rows in _held_pass(model, runs):
+        if layer in receivers:
+            normalized = model.blocks[layer].ln1(rows)
+            inputs[layer] = {
+                which: project(model, layer, which, normalized, heads)
+                for which, heads in receivers[layer].items()
+            }
     n_senders = runs.top * runs.per_layer
     patched = runs.clean.expand(n_senders, -1).clone()
     for window in Window.each_length(runs.pairs.clean, runs.at):
         members = window.members.to(patched.device)
-        theirs = {
-            layer: vectors[:, window.members.to(vectors.device)]
-            for layer, vectors in inputs.items()
+        theirs: Inputs = {
+            layer: {
+                which: vectors[:, window.members.to(vectors.device)]
+                for which, vectors in of_layer.items()
+            }
+            for layer, of_layer in inputs.items()
         }
-        suffix = _Suffix(model, runs, window, receivers, receiver_input, theirs)
+        suffix = _Suffix(model, runs, window, receivers, theirs)
         scored = runs.pairs[window.members]
 
         def compute(
@@ -306,17 +312,15 @@ class _Suffix:
         model: the model.
         runs: the recorded clean and corrupt runs.
         window: the prompts and tokens concerned.
-        receivers: receiver heads by layer.
-        receiver_input: what of them is overwritten.
-        inputs: for each receiver layer what its receivers get from each sender below.
+        receivers: receiver heads by layer and by what of them is overwritten.
+        inputs: what they get from each sender below, in the same order.
     """
 
     model: Model
     runs: _Runs
     window: Window
-    receivers: dict[int, list[int]]
-    receiver_input: HeadInput
-    inputs: dict[int, Float[Tensor, "senders member receivers d_head"]]
+    receivers: ByLayer
+    inputs: Inputs
 
     def starts(self, senders: range) -> tuple[int, ...]:
         """The first receiver layer above its own is where a sender's change begins."""
@@ -332,8 +336,7 @@ class _Suffix:
         alike=lambda self, senders: (
             self.window.sizes,
             self.starts(senders),
-            self.receiver_input,
-            tuple((layer, len(heads)) for layer, heads in self.receivers.items()),
+            _sizes(self.receivers),
         ),
     )
     def run(self, senders: range) -> Float[Tensor, "sender member d_model"]:
@@ -354,8 +357,7 @@ class _Suffix:
             rows.shape,
             begun.stop - begun.start,
             fresh,
-            self.receiver_input,
-            len(self.receivers.get(layer, ())),
+            tuple((which, len(some)) for which, some in self.receivers.get(layer, {}).items()),
             layer == self.model.cfg.n_layers - 1,
         )
     )
@@ -387,40 +389,50 @@ class _Suffix:
 
     def _overwrite(self, layer: int, senders: slice, queries: slice) -> dict[str, WindowEdit]:
         """What gives the receivers of a layer their input, at the first token of the window."""
-        if layer not in self.receivers:
-            return {}
-        if self.receiver_input == "q" and queries == ANSWER_TOKEN and len(self.window) > 1:
-            return {}  # the receivers' token is of no more use
+        return {
+            which: self._give(layer, which, senders)
+            for which in self.receivers.get(layer, {})
+            if which != "q" or not self._is_past(queries)
+        }
 
+    def _give(self, layer: int, which: HeadInput, senders: slice) -> WindowEdit:
         def give(vectors: Tensor) -> Tensor:
-            vectors[:, :, 0, self.receivers[layer]] = self.inputs[layer][senders]
+            vectors[:, :, 0, self.receivers[layer][which]] = self.inputs[layer][which][senders]
             return vectors
 
-        return {self.receiver_input: give}
+        return give
+
+    def _is_past(self, queries: slice) -> bool:
+        """Whether a query at the first token of the window has no effect any more."""
+        return queries == ANSWER_TOKEN and len(self.window) > 1
 
     def _first_changed(
         self, layer: int, senders: slice, queries: slice
     ) -> Float[Tensor, "sender member query d_model"]:
-        """`resid_mid` where the receivers' overwritten input is the only change so far.
+        """`resid_mid` where the receivers' overwritten inputs are the only change so far.
 
         Only the receivers' own outputs are computed; all else is the clean run's.
         """
-        model, heads, window = self.model, self.receivers[layer], self.window
-        given = self.inputs[layer][senders]
+        model, window, given = self.model, self.window, self.receivers[layer]
+        heads = sorted({head for some in given.values() for head in some})
         resid_mid = window.clean(self.runs["resid_mid", layer])[:, queries]
-        resid_mid = resid_mid.expand(len(given), -1, -1, -1).clone()
+        resid_mid = resid_mid.expand(senders.stop - senders.start, -1, -1, -1).clone()
         touched = queries
-        if self.receiver_input == "q" and len(window) > 1:
-            if queries == ANSWER_TOKEN:
-                return resid_mid  # a query before the answer's token has no effect any more
+        if set(given) == {"q"} and len(window) > 1:
+            if self._is_past(queries):
+                return resid_mid
             touched = slice(0, 1)
         normalized = model.blocks[layer].ln1(window.clean(self.runs["resid_pre", layer]))
         q = project(model, layer, "q", normalized[:, touched], heads)[None]
         k, v = (project(model, layer, which, normalized, heads)[None] for which in ("k", "v"))
-        new = {"q": q, "k": k, "v": v}
-        overwritten = new[self.receiver_input].expand(len(given), -1, -1, -1, -1).clone()
-        overwritten[:, :, 0] = given
-        new[self.receiver_input] = overwritten
+        new: dict[HeadInput, Tensor] = {"q": q, "k": k, "v": v}
+        for which, some in given.items():
+            if which == "q" and self._is_past(queries):
+                continue
+            overwritten = new[which].expand(len(resid_mid), -1, -1, -1, -1).clone()
+            index = [heads.index(head) for head in some]
+            overwritten[:, :, 0, index] = self.inputs[layer][which][senders]
+            new[which] = overwritten
         z_clean, z_new = (
             window.attend(
                 model,

@@ -4,7 +4,6 @@ what lies after the edits, in tokens and in layers, is computed again. Different
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
 from types import SimpleNamespace
 
 import torch
@@ -32,15 +31,7 @@ from tl_entity.exact.window import (
     Window,
     WindowEdit,
 )
-from tl_entity.heads import HeadsAt
-from tl_entity.hooks.cross_model import ReplaceKeys, ReplaceValues
-from tl_entity.hooks.edits import (
-    AblateWhere,
-    KnockOutAttention,
-    MaskHeads,
-    ReplaceHeads,
-    ReplaceWhere,
-)
+from tl_entity.exact.windowed import first_tokens, unknown_edit, within
 from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import hook_point, point_and_layer
 from tl_entity.hooks.run import HookFunction, record
@@ -109,13 +100,29 @@ class CleanRun:
                 exist.
         """
         check_supported(model)
-        n_layers = model.cfg.n_layers
-        begins = tuple(sorted({first_layer, *(begins or ())}))
-        if not 0 <= begins[0] <= begins[-1] < n_layers:
-            raise InputError(f"Layers {begins} can't be edited: the model has {n_layers} layers.")
         if not positions:
             raise InputError("Name at least one position at which edits may be made.")
         start = torch.stack([prompts.first_token(name) for name in positions]).amin(0)
+        return cls.record_from(model, prompts, start, {first_layer, *(begins or ())})
+
+    @classmethod
+    def record_from(
+        cls,
+        model: Model,
+        prompts: PromptBatch,
+        start: Int[Tensor, " batch"],
+        layers: Collection[int],
+    ) -> "CleanRun":
+        """The same for edits from a token of each prompt on; recomputation can start at any of
+        these layers.
+
+        Raises:
+            InputError: as `record`.
+        """
+        n_layers = model.cfg.n_layers
+        begins = tuple(sorted(layers))
+        if not 0 <= begins[0] <= begins[-1] < n_layers:
+            raise InputError(f"Layers {begins} can't be edited: the model has {n_layers} layers.")
         first_token = int(start.min())
         points: dict[str, str | slice | None] = {}
         for layer in range(begins[0], n_layers):
@@ -328,44 +335,57 @@ class CleanRun:
 def edited_resid_each(
     model: Model,
     prompts: PromptBatch,
-    choices: Sequence[HeadsAt],
-    edits: Sequence[Sequence[tuple[str, HookFunction]]],
+    variants: Sequence[Sequence[tuple[str, HookFunction]]],
     *,
     memory: int | None = None,
 ) -> list[Float[Tensor, "batch d_model"]]:
-    """The final residual stream at `"last"` under each choice of heads edited at named positions,
-    from one recorded run: each choice costs the tokens and layers from its own first head on.
+    """The final residual stream at `"last"` under each list of edits, from one recorded run: each
+    list costs the tokens and layers from its own first edit on, which are read off the edits.
 
     Args:
         model: the model.
         prompts: the prompts.
-        choices: for each the heads by position; without any, the run stays as it is.
-        edits: what is done to them.
+        variants: the lists of edits; an empty one leaves the run as it is.
         memory: as in `CleanRun.answer_resid_each`.
 
     Raises:
         InputError: as `CleanRun.record` and `CleanRun.answer_logits`.
     """
-    there = [{at: heads for at, heads in choice.items() if heads} for choice in choices]
-    lowest = {min(h.layer for some in heads.values() for h in some) for heads in there if heads}
-    if not lowest:
+    check_supported(model)
+    starts = [_start(prompts, hooks) if hooks else None for hooks in variants]
+    lowest = {min(point_and_layer(name)[1] for name, _ in hooks) for hooks in variants if hooks}
+    there = [start for start in starts if start is not None]
+    if not there:
         point = hook_point("resid_post", model.cfg.n_layers - 1)
-        return [record(model, prompts, {point: ANSWER_POSITION})[point]] * len(choices)
-    positions = sorted({position for heads in there for position in heads})
-    run = CleanRun.record(
-        model, prompts, first_layer=min(lowest), positions=positions, begins=lowest
-    )
-    final: list[Tensor] = [run.final] * len(choices)
-    # Those at the same positions go together, from the earliest of these on.
-    for at in {tuple(sorted(heads)) for heads in there if heads}:
-        some = [index for index, heads in enumerate(there) if tuple(sorted(heads)) == at]
-        start = torch.stack([prompts.position(position) for position in at]).amin(0)
+        return [record(model, prompts, {point: ANSWER_POSITION})[point]] * len(variants)
+    run = CleanRun.record_from(model, prompts, torch.stack(there).amin(0), lowest)
+    final: list[Tensor] = [run.final] * len(variants)
+    # Those that begin at the same tokens go together.
+    keys = [None if start is None else tuple(start.tolist()) for start in starts]
+    for key in dict.fromkeys(key for key in keys if key is not None):
+        some = [index for index, other in enumerate(keys) if other == key]
+        start = starts[some[0]]
+        assert start is not None
         found = replace(run, start=start).answer_resid_each(
-            [edits[index] for index in some], memory=memory
+            [variants[index] for index in some], memory=memory
         )
         for index, resid in zip(some, found, strict=True):
             final[index] = resid
     return final
+
+
+def _start(
+    prompts: PromptBatch, hooks: Sequence[tuple[str, HookFunction]]
+) -> Int[Tensor, " batch"]:
+    """The first token of each prompt that edits change; the one after `"last"` where there is
+    none."""
+    start = prompts.position(ANSWER_POSITION) + 1
+    for _, edit in hooks:
+        first = first_tokens(edit)
+        if first is None:
+            raise unknown_edit(edit)
+        start = torch.minimum(start, first.to(start))
+    return start
 
 
 @dataclass(frozen=True)
@@ -414,103 +434,3 @@ def _apply(point: str, here: Sequence[LayerEdits], layer: int) -> WindowEdit:
 
 def _within(edits: LayerEdits, window: Window) -> LayerEdits:
     return {point: [within(edit, window) for edit in some] for point, some in edits.items()}
-
-
-@singledispatch
-def within(edit: HookFunction, window: Window) -> HookFunction:
-    """The same edit for the prompts and tokens of a window, as the window counts them.
-
-    Raises:
-        InputError: if it lies outside the window, or is of an unknown kind.
-    """
-    raise InputError(
-        f'The exact engine knows no edit like {type(edit).__name__}; use engine="hooks".'
-    )
-
-
-@within.register
-def _(edit: ReplaceHeads, window: Window) -> ReplaceHeads:
-    positions = _window_positions(edit.positions, window)
-    return replace(edit, positions=positions, values=_of_members(edit.values, window))
-
-
-@within.register
-def _(edit: MaskHeads, window: Window) -> MaskHeads:
-    positions = _window_positions(edit.positions, window)
-    return replace(edit, positions=positions, other=_of_members(edit.other, window))
-
-
-@within.register
-def _(edit: ReplaceWhere, window: Window) -> ReplaceWhere:
-    values = _of_members(edit.values, window)
-    rows = torch.arange(len(values), device=values.device)[:, None]
-    return ReplaceWhere(
-        _where_in_window(edit.where, window), values[rows, window.tokens.to(values.device)]
-    )
-
-
-@within.register
-def _(edit: AblateWhere, window: Window) -> AblateWhere:
-    return AblateWhere(_where_in_window(edit.where, window), window.clean(edit.rows), edit.outputs)
-
-
-@within.register
-def _(edit: KnockOutAttention, window: Window) -> KnockOutAttention:
-    seen = edit.to_positions.to(window.tokens.device)[window.members]
-    ahead = window.before.shape[1]
-    # Keys before the window come first, as many as the longest prefix has.
-    own = seen - window.tokens[:, 0]
-    return replace(
-        edit,
-        from_positions=_window_positions(edit.from_positions, window),
-        to_positions=torch.where(own < 0, seen, ahead + own),
-    )
-
-
-@within.register
-def _(edit: ReplaceKeys, window: Window) -> ReplaceKeys:
-    positions = _window_positions(edit.positions, window)
-    return replace(edit, positions=positions, keys=_as_scored(edit.keys, window))
-
-
-@within.register
-def _(edit: ReplaceValues, window: Window) -> ReplaceValues:
-    positions = _window_positions(edit.positions, window)
-    return replace(edit, positions=positions, values=_as_scored(edit.values, window))
-
-
-def _where_in_window(where: Tensor, window: Window) -> Tensor:
-    where = _of_members(where.to(window.tokens.device), window)
-    inside = torch.zeros(where.shape[:2], dtype=torch.bool, device=where.device)
-    rows = torch.arange(len(where), device=where.device)[:, None]
-    inside[rows, window.tokens] = True
-    if bool((where & ~inside[..., None]).any()):
-        raise _outside(window)
-    return where[rows, window.tokens]
-
-
-def _as_scored(vectors: Tensor, window: Window) -> Tensor:
-    """Vectors of whole prompts as the window's scores count tokens: those ahead of it first, as
-    many as the longest prefix has, then its own."""
-    ahead = vectors[window.members.to(vectors.device), : window.before.shape[1]]
-    return torch.cat([ahead, window.clean(vectors)], 1)
-
-
-def _window_positions(positions: Tensor, window: Window) -> Tensor:
-    shifted = positions.to(window.tokens.device)[window.members] - window.tokens[:, 0]
-    if bool((shifted < 0).any()):
-        raise _outside(window)
-    return shifted
-
-
-def _of_members(values: Tensor, window: Window) -> Tensor:
-    if len(values) == 1:
-        return values.expand(len(window.members), *values.shape[1:])
-    return values[window.members.to(values.device)]
-
-
-def _outside(window: Window) -> InputError:
-    return InputError(
-        f"An edit lies before token {int(window.tokens[:, 0].min())}, the first that can be "
-        "recomputed; record the run with the named position of the edit."
-    )

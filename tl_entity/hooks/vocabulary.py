@@ -7,6 +7,7 @@ from torch import Tensor
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
+from tl_entity.metrics import Metric
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 
 
@@ -111,6 +112,17 @@ def check_tokens(
             f"The {kind} {first[0]} is the token {int(tokens[tuple(first)])}, and the model's "
             f"vocabulary has {size}, counted from 0; use the model's own tokenizer."
         )
+
+
+@checked
+def check_metric(model: Model, metric: Metric, pairs: PairBatch) -> None:
+    """Make sure that the pairs have the tokens that a metric reads, and the model a logit for each.
+
+    Raises:
+        InputError: if the metric lacks what it needs, or naming the pair and the token.
+    """
+    if metric.tokens is not None:
+        check_tokens(model, metric.tokens(pairs), f"{metric.name} of pair")
 
 
 @checked

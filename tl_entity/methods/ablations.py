@@ -14,10 +14,8 @@ from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import record
 from tl_entity.hooks.vocabulary import check_prompts
 from tl_entity.ranks import gathered, share_of, summed
+from tl_entity.runs.runner import BATCH_SIZE
 from tl_entity.tasks.batches import NO_ROLE, PromptBatch
-
-BATCH_SIZE = 32
-"""Prompts run together where nothing else is said."""
 
 
 @checked

@@ -5,28 +5,27 @@ then answers with the target tells whether they carry what the two prompts diffe
 2024, §4.2).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.blocks import unembed
-from tl_entity.exact.suffix import edited_resid_each
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.edits import patch_heads
 from tl_entity.hooks.points import check_heads, hook_point
-from tl_entity.hooks.run import answer_logits, record
+from tl_entity.hooks.run import record
 from tl_entity.hooks.vocabulary import check_pairs
-from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
-from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.circuits import Evaluation, evaluate_each
+from tl_entity.metrics import Metric
 from tl_entity.results import Label, Result, plain
+from tl_entity.runs.runner import Runner, RunSettings
+from tl_entity.runs.variants import Edits
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.batches import PairBatch
 
@@ -44,32 +43,29 @@ def activation_patch(
     pairs: PairBatch,
     heads: Circuit | HeadsAt,
     *,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> Evaluation:
     """Answer the base prompts with heads' outputs taken from the counterfactuals.
 
     The `hook_z` of every given head, at its position in the base prompt, takes its value from the
-    counterfactual run at that prompt's own position; everything after is recomputed. Right is the
-    pair's target, being the most likely token of the whole vocabulary.
+    counterfactual run at that prompt's own position; everything after is recomputed. An answer is
+    right if the pair's target is the most likely token of the whole vocabulary.
 
     Args:
         model: the model.
         pairs: base prompts (clean), counterfactuals (corrupt) and targets.
         heads: a circuit, or heads by named position, all patched at once.
-        engine: "exact" recomputes only what the patch can change; "hooks" runs the whole model.
-        batch_size: pairs run together, at most.
-        memory: bytes that intermediate results may take; found from the device if left out.
+        metric: what is read off the answers besides, as in `evaluate`.
+        how: engine, batch_size, memory, progress, ranks or runner: see `Runner`. "exact" recomputes
+            only what the patch can change; "hooks" runs the whole model.
 
     Raises:
         InputError: if the prompts lack a position, the model a head or a token of the pairs, hooks
             are attached to it, or the exact engine does not fit the model.
         NotFiniteError: if weights, activations or logits are NaN or infinite, naming where.
     """
-    (found,) = activation_patch_each(
-        model, pairs, [heads], engine=engine, batch_size=batch_size, memory=memory
-    )
+    (found,) = activation_patch_each(model, pairs, [heads], metric=metric, **how)
     return found
 
 
@@ -80,10 +76,8 @@ def activation_patch_each(
     pairs: PairBatch,
     choices: Sequence[Circuit | HeadsAt],
     *,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> list[Evaluation]:
     """`activation_patch` of several choices of heads, one after another.
 
@@ -93,11 +87,8 @@ def activation_patch_each(
         model: as in `activation_patch`.
         pairs: as in `activation_patch`.
         choices: circuits, or heads by named position; each is patched by itself.
-        engine: as in `activation_patch`.
-        batch_size: as in `activation_patch`.
-        memory: as in `activation_patch`.
-        progress: called with the number of runs done since the last call, where one choice on one
-            pair is a run.
+        metric: as in `activation_patch`.
+        how: as in `activation_patch`. One choice on one pair is a run.
 
     Raises:
         InputError: as `activation_patch`; or if there are no pairs.
@@ -110,15 +101,16 @@ def activation_patch_each(
     check_heads(
         model, [head for by_position in chosen for at in by_position.values() for head in at]
     )
-    return evaluate_each(
-        model,
-        pairs,
-        len(chosen),
-        lambda chunk: _patched_logits(model, chunk, chosen, engine, memory),
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
+    layers = sorted({head.layer for heads in chosen for at in heads.values() for head in at})
+    points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
+
+    def edits_of(chunk: PairBatch) -> list[Edits]:
+        cache = record(model, chunk.corrupt, points) if points else {}
+        return [
+            patch_heads(cache, heads, into=chunk.clean, source=chunk.corrupt) for heads in chosen
+        ]
+
+    return evaluate_each(model, pairs, edits_of, Runner.of(**how), metric)
 
 
 @dataclass(frozen=True)
@@ -275,10 +267,7 @@ def carries(
     circuit: Circuit | Mapping[str, Circuit],
     *,
     seeds: Sequence[int],
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    **how: Unpack[RunSettings],
 ) -> CarriedInformation:
     """Patch every group by itself, for every desideratum, on several draws of pairs.
 
@@ -287,11 +276,7 @@ def carries(
         draws: for each desideratum a function from a seed to pairs, as `desideratum_draws` makes.
         circuit: the groups; or for each desideratum its own, such as the heads that DCM selected.
         seeds: one for each draw.
-        engine: as in `activation_patch`.
-        batch_size: as in `activation_patch`.
-        memory: as in `activation_patch`.
-        progress: called with the number of runs done since the last call, where one group, or
-            none, on one pair is a run.
+        how: as in `activation_patch`. One group, or none, on one pair is a run.
 
     Raises:
         InputError: as `activation_patch`; if there are no seeds, or a desideratum has no circuit.
@@ -307,15 +292,7 @@ def carries(
         correct, n_pairs = [], []
         for seed in seeds:
             pairs = draw(seed)
-            found = activation_patch_each(
-                model,
-                pairs,
-                choices,
-                engine=engine,
-                batch_size=batch_size,
-                memory=memory,
-                progress=progress,
-            )
+            found = activation_patch_each(model, pairs, choices, **how)
             correct.append([int(evaluation.correct.sum()) for evaluation in found])
             n_pairs.append(len(pairs))
         for i, (name, position, heads) in enumerate([(UNPATCHED, "", ()), *groups]):
@@ -331,21 +308,3 @@ def carries(
                 )
             )
     return CarriedInformation(tuple(entries))
-
-
-def _patched_logits(
-    model: Model,
-    pairs: PairBatch,
-    choices: Sequence[HeadsAt],
-    engine: Engine,
-    memory: int | None,
-) -> Iterable[Float[Tensor, "batch d_vocab"]]:
-    """Answer logits with each choice of heads patched by itself."""
-    layers = sorted({head.layer for heads in choices for at in heads.values() for head in at})
-    points: dict[str, str | None] = {hook_point("z", layer): None for layer in layers}
-    cache = record(model, pairs.corrupt, points) if points else {}
-    edits = [patch_heads(cache, heads, into=pairs.clean, source=pairs.corrupt) for heads in choices]
-    if engine == "hooks" or not layers:
-        return (answer_logits(model, pairs.clean, hooks) for hooks in edits)
-    resid = edited_resid_each(model, pairs.clean, choices, edits, memory=memory)
-    return (unembed(model, final) for final in resid)

@@ -1,37 +1,30 @@
 """Is a circuit enough? Ablation, accuracy, faithfulness, random control (paper, §3.3)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
-from tl_entity._pieces import Alike, piece
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.ablation import AblatedRun
-from tl_entity.exact.blocks import unembed
-from tl_entity.exact.memory import halving, memory_budget, prompts_within
-from tl_entity.exact.suffix import CleanRun
-from tl_entity.finite import finite_logits
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.edits import ablate_heads
-from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads
-from tl_entity.hooks.run import answer_logits
-from tl_entity.hooks.vocabulary import check_prompts
-from tl_entity.methods.ablations import BATCH_SIZE as BATCH_SIZE
+from tl_entity.hooks.vocabulary import check_metric, check_pairs, check_prompts
 from tl_entity.methods.ablations import mean_head_outputs as mean_head_outputs
-from tl_entity.methods.path_patching import Engine
 from tl_entity.methods.random_circuits import random_circuits as random_circuits
-from tl_entity.metrics import log_probability
-from tl_entity.ranks import shared_out
+from tl_entity.metrics import Metric, check_values, log_probability
 from tl_entity.results import ROWS_SHOWN, Result, plain
+from tl_entity.runs.runner import BATCH_SIZE as BATCH_SIZE
+from tl_entity.runs.runner import PromptRows, Runner, RunSettings, prompts_of
+from tl_entity.runs.variants import Edits, KeptHeads
 from tl_entity.stats import (
     NO_INTERVAL,
     Interval,
@@ -45,9 +38,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-AnsweredRows = TypeVar("AnsweredRows", PromptBatch, PairBatch)
-"""What has an answer each: prompts, or pairs with their targets."""
-
 
 @checked
 @dataclass(frozen=True)
@@ -58,11 +48,15 @@ class Evaluation(Result):
         predicted: the most likely token of the whole vocabulary.
         correct: whether that is the answer.
         answer_log_probability: natural log probability of the answer.
+        values: of the metric that was asked for besides, one a prompt; None if there was none.
+        metric: its name.
     """
 
     predicted: Int[Tensor, " batch"]
     correct: Bool[Tensor, " batch"]
     answer_log_probability: Float[Tensor, " batch"]
+    values: Float[Tensor, " batch"] | None = None
+    metric: str | None = None
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -81,10 +75,11 @@ class Evaluation(Result):
         return wilson_interval(int(self.correct.sum()), len(self))
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row a prompt: predicted token id, whether it is right, the answer's probability."""
+        """One row a prompt: predicted token id, whether it is right, the answer's probability; the
+        metric too if there was one."""
         import pandas as pd
 
-        return pd.DataFrame(
+        found = pd.DataFrame(
             {
                 "prompt": range(len(self)),
                 "predicted": self.predicted.tolist(),
@@ -92,6 +87,9 @@ class Evaluation(Result):
                 "answer_probability": self.answer_log_probability.exp().tolist(),
             }
         )
+        if self.values is not None and self.metric is not None:
+            found[self.metric] = self.values.tolist()
+        return found
 
     def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
         """The one row that sums up all prompts: how many are right of how many, the accuracy and
@@ -199,15 +197,14 @@ class Faithfulness(Result):
 @torch.no_grad()
 def evaluate(
     model: Model,
-    prompts: PromptBatch,
+    prompts: PromptBatch | PairBatch,
     *,
     keep: Circuit | HeadsAt | None = None,
     remove: Circuit | HeadsAt | None = None,
     ablation: Ablation | None = None,
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> Evaluation:
     """Answer the prompts, whole or with heads ablated.
 
@@ -218,60 +215,47 @@ def evaluate(
 
     Args:
         model: the model.
-        prompts: the prompts.
+        prompts: the prompts; of pairs, the clean prompts are run, and their targets are the
+            answers, for metrics that compare with a foil.
         keep: a circuit, or heads by named position, or by role at all of its tokens.
         remove: heads ablated, in the same way.
         ablation: what ablated heads put out, from `pooled_ablation`, `resample_ablation`,
             `index_ablation` or `zero_ablation`, which say what each leaves in.
         mean_outputs: the same as values by token index, from `mean_head_outputs` (the paper's).
-        engine: "exact" computes only what the circuit can change, "hooks" everything.
-        batch_size: prompts run together, at most.
-        memory: bytes that intermediate results may take; found from the device if left out.
+        metric: what is read off the answers besides, such as `LOGIT_DIFFERENCE`; it is then in the
+            result's `values`.
+        how: engine, batch_size, memory, progress, ranks or runner: see `Runner`. "exact" computes
+            only what the circuit can change, "hooks" everything.
 
     Raises:
         InputError: if heads are to be ablated and it is not said to what, or in two ways, the
             ablation does not fit the model or the prompts, a head, position or role does not exist,
-            a prompt has no answer, the model does not know a token or has hooks attached to it, or
-            the exact engine does not fit the model.
+            a prompt has no answer, the metric lacks what it needs, the model does not know a token
+            or has hooks attached to it, or the exact engine does not fit the model.
         NotFiniteError: if weights, ablation values, activations or logits are NaN or infinite,
             naming where.
     """
-    how: dict[str, Any] = {
-        "ablation": ablation,
-        "mean_outputs": mean_outputs,
-        "engine": engine,
-        "batch_size": batch_size,
-        "memory": memory,
-    }
+    ablated: dict[str, Any] = {"ablation": ablation, "mean_outputs": mean_outputs, "metric": metric}
     if keep is not None:
-        return evaluate_circuits(model, prompts, [keep], removed=[remove], **how)[0]
+        return evaluate_circuits(model, prompts, [keep], removed=[remove], **ablated, **how)[0]
     if remove is not None:
-        return evaluate_removals(model, prompts, [remove], **how)[0]
+        return evaluate_removals(model, prompts, [remove], **ablated, **how)[0]
     _check_evaluation(model, prompts, [])
-    return evaluate_each(
-        model,
-        prompts,
-        1,
-        lambda chunk: [answer_logits(model, chunk)],
-        batch_size=batch_size,
-        memory=memory,
-    )[0]
+    return evaluate_each(model, prompts, lambda chunk: [()], Runner.of(**how), metric)[0]
 
 
 @checked
 @torch.no_grad()
 def evaluate_circuits(
     model: Model,
-    prompts: PromptBatch,
+    prompts: PromptBatch | PairBatch,
     circuits: Sequence[Circuit | HeadsAt],
     *,
     removed: Sequence[Circuit | HeadsAt | None] | None = None,
     ablation: Ablation | None = None,
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> list[Evaluation]:
     """F(C) of many circuits on the same prompts: all but a circuit's heads ablated everywhere.
 
@@ -281,16 +265,13 @@ def evaluate_circuits(
 
     Args:
         model: the model.
-        prompts: the prompts.
+        prompts: as in `evaluate`.
         circuits: heads kept, by named position or role.
         removed: for each circuit heads that are ablated all the same: F(C \\ K).
         ablation: as in `evaluate`.
         mean_outputs: as in `evaluate`.
-        engine: as in `evaluate`.
-        batch_size: prompts run together, at most.
-        memory: as in `evaluate`.
-        progress: called with the number of runs done since the last call, where one circuit on one
-            prompt is a run.
+        metric: as in `evaluate`.
+        how: as in `evaluate`. One circuit on one prompt is a run.
 
     Raises:
         InputError: as `evaluate`, or if circuits and removed are not equally many.
@@ -298,50 +279,22 @@ def evaluate_circuits(
     gone = [None] * len(circuits) if removed is None else list(removed)
     if len(gone) != len(circuits):
         raise InputError(f"{len(circuits)} circuits can't have heads removed {len(gone)} times.")
-    edited = [*circuits, *(heads for heads in gone if heads is not None)]
-    _check_evaluation(model, prompts, edited)
-    ablated = ablation_of(model, ablation, mean_outputs)
-    by_token = all(
-        name in prompts.positions or not heads
-        for some in edited
-        for name, heads in heads_by_position(some).items()
-    )
-
-    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
-        if engine == "exact" and by_token:
-            resid = AblatedRun.record(model, chunk, ablated).answer_resid_each(
-                circuits, removed=gone, memory=memory
-            )
-            return (unembed(model, final) for final in resid)
-        return (
-            answer_logits(model, chunk, ablate_heads(ablated, chunk, keep=circuit, remove=heads))
-            for circuit, heads in zip(circuits, gone, strict=True)
-        )
-
-    return evaluate_each(
-        model,
-        prompts,
-        len(circuits),
-        logits_of,
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
+    _check_evaluation(model, prompts, [*circuits, *(heads for heads in gone if heads is not None)])
+    kept = KeptHeads(ablation_of(model, ablation, mean_outputs), circuits, gone)
+    return evaluate_each(model, prompts, lambda chunk: kept, Runner.of(**how), metric)
 
 
 @checked
 @torch.no_grad()
 def evaluate_removals(
     model: Model,
-    prompts: PromptBatch,
+    prompts: PromptBatch | PairBatch,
     removed: Sequence[Circuit | HeadsAt],
     *,
     ablation: Ablation | None = None,
     mean_outputs: Float[Tensor, "layer pos head d_head"] | None = None,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> list[Evaluation]:
     """F(M \\ K) for many K on the same prompts: only K's heads ablated, at their tokens.
 
@@ -353,108 +306,53 @@ def evaluate_removals(
     """
     _check_evaluation(model, prompts, removed)
     ablated = ablation_of(model, ablation, mean_outputs)
-    by_name = [heads_by_position(heads) for heads in removed]
-    names = [name for at in by_name for name, heads in at.items() if heads]
-    heads_of = [[head for some in at.values() for head in some] for at in by_name]
-    lowest = [min(head.layer for head in heads) for heads in heads_of if heads]
 
-    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
-        hooks = [ablate_heads(ablated, chunk, remove=heads) for heads in removed]
-        if engine == "exact" and names:
-            run = CleanRun.record(
-                model, chunk, first_layer=min(lowest), positions=names, begins=lowest
-            )
-            return (unembed(model, final) for final in run.answer_resid_each(hooks, memory=memory))
-        return (answer_logits(model, chunk, some) for some in hooks)
+    def edits_of(chunk: PromptBatch | PairBatch) -> list[Edits]:
+        return [ablate_heads(ablated, prompts_of(chunk), remove=heads) for heads in removed]
 
-    return evaluate_each(
-        model,
-        prompts,
-        len(removed),
-        logits_of,
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
+    return evaluate_each(model, prompts, edits_of, Runner.of(**how), metric)
 
 
 def evaluate_each(
     model: Model,
-    prompts: AnsweredRows,
-    n_edits: int,
-    logits_of: Callable[[AnsweredRows], Iterable[Tensor]],
-    *,
-    batch_size: int,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    rows: PromptRows,
+    variants_of: Callable[[PromptRows], Sequence[Edits] | KeptHeads],
+    runner: Runner,
+    metric: Metric | None = None,
 ) -> list[Evaluation]:
-    """The answers to prompts, or to the targets of pairs, under each of several edits; processes
-    share them, and a batch that runs out of memory is halved.
+    """The answers to prompts, or to the targets of pairs, under each of several lists of edits.
 
     Args:
         model: the model.
-        prompts: the prompts or pairs.
-        n_edits: how many edits there are.
-        logits_of: gives, for some of the prompts on the model's device, the logits at `"last"`
-            under each edit in turn.
-        batch_size: prompts run together, at most.
-        memory: bytes that kept runs may take; found from the device if left out.
-        progress: called with the number of runs done since the last call, where one edit on one
-            prompt is a run; with a negative number for runs that must be done once more.
+        rows: the prompts or pairs.
+        variants_of: as in `Runner.each`.
+        runner: how the runs are made.
+        metric: what is read off the answers besides.
     """
-    if n_edits == 0:
-        return []
-    prompts = prompts.to(model.cfg.device or "cpu")
-    answers = prompts.answers if isinstance(prompts, PromptBatch) else prompts.targets
-    tokens = prompts.tokens if isinstance(prompts, PromptBatch) else prompts.clean.tokens
-    memory = memory_budget(model.cfg.device) if memory is None else memory
-    size = min(batch_size, prompts_within(model.cfg, tokens.shape[1], memory))
+    if metric is not None:
+        check_metric(model, metric, _pairs(rows))
 
-    this = object()
+    def read(logits: Tensor, chunk: PromptRows) -> tuple[Tensor, ...]:
+        pairs = _pairs(chunk)
+        found = (logits.argmax(-1), log_probability(logits, pairs.targets))
+        return found if metric is None else (*found, metric.of_logits(logits, pairs))
 
-    def alike(chunk: AnsweredRows) -> Alike:
-        both = [chunk] if isinstance(chunk, PromptBatch) else [chunk.clean, chunk.corrupt]
-        family = this, *((some.tokens.shape, some.attention_mask is None) for some in both)
-        columns = [index.tolist() for some in both for index in some.positions.values()]
-        places = sorted(zip(*columns, strict=True))
-        # The earlier an edit is, the more tokens come after it.
-        return Alike((family, tuple(places)), family, -sum(map(sum, places)))
-
-    @piece(alike=alike)
-    def compute(chunk: AnsweredRows) -> tuple[Tensor, Tensor]:
-        wanted = chunk.answers if isinstance(chunk, PromptBatch) else chunk.targets
-        chosen: list[Tensor] = []
-        scores: list[Tensor] = []
-        try:
-            for logits in logits_of(chunk):
-                chosen.append(finite_logits(logits).argmax(-1))
-                scores.append(log_probability(logits, wanted))
-                progress(len(chunk))
-        except BaseException:
-            progress(-len(chunk) * len(scores))
-            raise
-        return torch.stack(chosen), torch.stack(scores)
-
-    def compute_mine(mine: AnsweredRows) -> tuple[Tensor, Tensor]:
-        found = [some for _, some in halving(mine, size, compute)]
-        return torch.cat([c for c, _ in found], -1), torch.cat([s for _, s in found], -1)
-
-    with guarded(model):
-        chosen, scores = shared_out(prompts, compute_mine)
-    chosen = chosen.to(answers.device)
-    return [
-        Evaluation(predicted, predicted == answers, score)
-        for predicted, score in zip(chosen, scores, strict=True)
-    ]
+    found = runner.each(model, rows, variants_of, read)
+    answers = _pairs(rows).targets.to(model.cfg.device or "cpu")
+    if metric is not None and found:
+        check_values(metric, found[-1])
+    evaluations = []
+    for predicted, *scores in zip(*found, strict=True):
+        predicted = predicted.to(answers.device)
+        evaluations.append(
+            Evaluation(predicted, predicted == answers, *scores, metric=metric and metric.name)
+        )
+    return evaluations
 
 
-@checked
-def judge(logits: Float[Tensor, "batch d_vocab"], prompts: PromptBatch) -> Evaluation:
-    """The answers that these logits at `"last"` give to the prompts."""
-    predicted = logits.argmax(-1).to(prompts.answers.device)
-    return Evaluation(
-        predicted, predicted == prompts.answers, log_probability(logits, prompts.answers)
-    )
+def _pairs(rows: PromptBatch | PairBatch) -> PairBatch:
+    """Prompts as metrics take them: as pairs with themselves, scored on their answers."""
+    return rows if isinstance(rows, PairBatch) else PairBatch(rows, rows, rows.answers)
 
 
 def ablation_of(model: Model, ablation: Ablation | None, mean_outputs: Tensor | None) -> Ablation:
@@ -472,14 +370,17 @@ def ablation_of(model: Model, ablation: Ablation | None, mean_outputs: Tensor | 
 
 
 def _check_evaluation(
-    model: Model, prompts: PromptBatch, edited_heads: Sequence[Circuit | HeadsAt]
+    model: Model, rows: PromptBatch | PairBatch, edited_heads: Sequence[Circuit | HeadsAt]
 ) -> None:
     for heads in edited_heads:
         for name, at in heads_by_position(heads).items():
             check_heads(model, at)
             if at:
-                prompts.where(name)
-    check_prompts(model, prompts, answered=True)
+                prompts_of(rows).where(name)
+    if isinstance(rows, PairBatch):
+        check_pairs(model, rows)
+    else:
+        check_prompts(model, rows, answered=True)
 
 
 @checked

@@ -2,18 +2,17 @@
 §5)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.blocks import unembed
-from tl_entity.exact.suffix import edited_resid_each
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.cross_model import (
     check_same_architecture,
@@ -23,12 +22,14 @@ from tl_entity.hooks.cross_model import (
 from tl_entity.hooks.edits import patch_heads
 from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import check_heads, hook_point
-from tl_entity.hooks.run import HookFunction, answer_logits, record
+from tl_entity.hooks.run import HookFunction, record
 from tl_entity.hooks.vocabulary import check_prompts
-from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate, evaluate_each
+from tl_entity.methods.circuits import Evaluation, evaluate, evaluate_each
 from tl_entity.methods.gains import recovered_gain
-from tl_entity.methods.path_patching import Engine
+from tl_entity.metrics import Metric
 from tl_entity.results import Label, Result, plain
+from tl_entity.runs.runner import Runner, RunSettings, no_progress
+from tl_entity.runs.variants import Edits
 from tl_entity.stats import Interval, paired_difference_interval
 from tl_entity.tasks.batches import PromptBatch
 
@@ -48,8 +49,6 @@ PATCHES: tuple[str, ...] = (OUTPUT, "q", "k", "v")
 NO_SHARE = "no share of the gain, which may be nothing on these prompts"
 """Stands in place of a share of a gain that is not beyond doubt: any share would do."""
 
-Edits = list[tuple[str, HookFunction]]
-
 
 @checked
 def cmap(
@@ -59,9 +58,8 @@ def cmap(
     heads: Circuit | HeadsAt,
     *,
     patch: str = OUTPUT,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> Evaluation:
     """Answer the prompts with the base model, some heads taking what the tuned model computes on
     the same prompts.
@@ -79,9 +77,9 @@ def cmap(
         prompts: the prompts of both runs.
         heads: a circuit, or heads by named position.
         patch: "output", or any of the letters q, k, v, such as "q" or "qk".
-        engine: "exact" recomputes only what the patch can change; "hooks" runs the whole model.
-        batch_size: prompts run together, at most.
-        memory: bytes that intermediate results may take; found from the device if left out.
+        metric: what is read off the answers besides, as in `evaluate`.
+        how: engine, batch_size, memory, progress, ranks or runner: see `Runner`. "exact" recomputes
+            only what the patch can change; "hooks" runs the whole model.
 
     Raises:
         InputError: if the models differ in architecture or tokenizer, naming what differs; a head
@@ -90,9 +88,7 @@ def cmap(
             not fit the base model.
         NotFiniteError: if weights, activations or logits are NaN or infinite, naming where.
     """
-    (found,) = cmap_each(
-        base, tuned, prompts, [(heads, patch)], engine=engine, batch_size=batch_size, memory=memory
-    )
+    (found,) = cmap_each(base, tuned, prompts, [(heads, patch)], metric=metric, **how)
     return found
 
 
@@ -104,10 +100,8 @@ def cmap_each(
     prompts: PromptBatch,
     choices: Sequence[tuple[Circuit | HeadsAt, str]],
     *,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> list[Evaluation]:
     """`cmap` of several choices of heads and of what is patched, one after another.
 
@@ -118,11 +112,8 @@ def cmap_each(
         tuned: as in `cmap`.
         prompts: as in `cmap`.
         choices: heads and what of them is patched; each by itself.
-        engine: as in `cmap`.
-        batch_size: as in `cmap`.
-        memory: as in `cmap`.
-        progress: called with the number of runs done since the last call, where one choice on one
-            prompt is a run.
+        metric: as in `cmap`.
+        how: as in `cmap`. One choice on one prompt is a run.
 
     Raises:
         InputError: as `cmap`.
@@ -147,32 +138,13 @@ def cmap_each(
         check_heads(base, flat)
         points |= _points(flat, patch, base)
 
-    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
-        # Padding may be a token that the other model lacks; it is masked in either.
-        readable = replace(chunk, tokens=chunk.tokens * chunk.mask)
-        source = readable.to(tuned.cfg.device or "cpu")
-        seen = record(tuned, source, points) if points else {}
+    def edits_of(chunk: PromptBatch) -> list[Edits]:
+        seen = record(tuned, chunk.to(tuned.cfg.device or "cpu"), points) if points else {}
         cache = {name: some.to(base.cfg.device or "cpu") for name, some in seen.items()}
-        edits = [_edits(cache, base, readable, heads, patch) for heads, patch in chosen]
-        if engine == "hooks" or not points:
-            return (answer_logits(base, readable, hooks) for hooks in edits)
-        return (
-            unembed(base, final)
-            for final in edited_resid_each(
-                base, readable, [heads for heads, _ in chosen], edits, memory=memory
-            )
-        )
+        return [_edits(cache, base, chunk, heads, patch) for heads, patch in chosen]
 
     with guarded(base, tuned):
-        return evaluate_each(
-            base,
-            prompts,
-            len(chosen),
-            logits_of,
-            batch_size=batch_size,
-            memory=memory,
-            progress=progress,
-        )
+        return evaluate_each(base, prompts, edits_of, Runner.of(**how), metric)
 
 
 @dataclass(frozen=True)
@@ -343,10 +315,7 @@ def cmap_by_group(
     *,
     seed: int | None = None,
     patches: Sequence[str] = PATCHES,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    **how: Unpack[RunSettings],
 ) -> CrossModelPatching:
     """Patch every group of a circuit by itself, and all of them together.
 
@@ -360,11 +329,8 @@ def cmap_by_group(
             each group cut down to the heads that DCM selected (`Circuit.restrict`).
         seed: taken so that calls from before still run; nothing is drawn.
         patches: what is patched, as in `cmap`.
-        engine: as in `cmap`.
-        batch_size: as in `cmap`.
-        memory: as in `cmap`.
-        progress: called with the number of runs done since the last call, where one group and patch
-            on one prompt is a run; there are len(patches) * (number of groups + 1) * len(prompts).
+        how: as in `cmap`. One group and patch on one prompt is a run; there are
+            len(patches) * (number of groups + 1) * len(prompts).
 
     Raises:
         InputError: as `cmap`.
@@ -374,19 +340,10 @@ def cmap_by_group(
     ]
     parts.append((WHOLE_CIRCUIT, circuit.heads_at()))
     named = [(name, heads, patch) for patch in patches for name, heads in parts]
-    found = cmap_each(
-        base,
-        tuned,
-        prompts,
-        [(heads, patch) for _, heads, patch in named],
-        engine=engine,
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
-    alone, target = (
-        evaluate(model, prompts, batch_size=batch_size, memory=memory) for model in (base, tuned)
-    )
+    choices = [(heads, patch) for _, heads, patch in named]
+    found = cmap_each(base, tuned, prompts, choices, **how)
+    quiet = replace(Runner.of(**how), progress=no_progress)
+    alone, target = (evaluate(model, prompts, runner=quiet) for model in (base, tuned))
     return CrossModelPatching(
         alone,
         target,
@@ -445,7 +402,7 @@ def _edits(
     prompts: PromptBatch,
     heads: HeadsAt,
     patch: str,
-) -> Edits:
+) -> list[tuple[str, HookFunction]]:
     if patch == OUTPUT:
         return [*patch_heads(cache, heads, into=prompts)]
     return input_hooks(cache, base, prompts, heads, inputs=patch)

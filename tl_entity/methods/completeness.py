@@ -1,13 +1,14 @@
 """Is a circuit all there is? The circuit and the model must lose as much by the same heads (after
 Prakash et al. 2024, §3.3)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
@@ -15,14 +16,13 @@ from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head
 from tl_entity.hooks.ablations import Ablation, AblationKind
 from tl_entity.methods.circuits import (
-    BATCH_SIZE,
     Evaluation,
     ablation_of,
     evaluate_circuits,
     evaluate_removals,
 )
-from tl_entity.methods.path_patching import Engine
 from tl_entity.results import Label, Result, plain
+from tl_entity.runs.runner import RunSettings
 from tl_entity.stats import Interval, paired_difference_interval, paired_loss_interval
 from tl_entity.tasks.batches import PromptBatch
 
@@ -238,10 +238,7 @@ def completeness(
     seed: int,
     n_random: int = 20,
     random_size: int | None = None,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    **how: Unpack[RunSettings],
 ) -> Completeness:
     """Does a circuit lose as much as the model by the same heads K, for K each group of the circuit
     and random heads of it?
@@ -267,11 +264,8 @@ def completeness(
         seed: of the random heads.
         n_random: how many random K.
         random_size: heads in each random K.
-        engine: as in `evaluate`.
-        batch_size: prompts run together, at most.
-        memory: bytes that intermediate results may take; found from the device if left out.
-        progress: called with the number of runs done since the last call, where one K on one prompt
-            is two runs; there are 2 * (1 + groups with heads + n_random) * len(prompts).
+        how: as in `evaluate`. One K on one prompt is two runs; there are
+            2 * (1 + groups with heads + n_random) * len(prompts).
 
     Raises:
         InputError: as `evaluate`; if the random sets can't have that many heads, or the circuit has
@@ -283,16 +277,11 @@ def completeness(
     drawn = random_parts(circuit, n_random, size=random_size, seed=seed)
     removed += [(f"random {i}", part) for i, part in enumerate(drawn)]
     ablated = ablation_of(model, ablation, mean_outputs)
-    how: dict[str, Any] = {
-        "ablation": ablated,
-        "engine": engine,
-        "batch_size": batch_size,
-        "memory": memory,
-        "progress": progress,
-    }
     parts = [heads for _, heads in removed]
-    of_circuit = evaluate_circuits(model, prompts, [circuit] * len(parts), removed=parts, **how)
-    of_model = evaluate_removals(model, prompts, parts, **how)
+    of_circuit = evaluate_circuits(
+        model, prompts, [circuit] * len(parts), removed=parts, ablation=ablated, **how
+    )
+    of_model = evaluate_removals(model, prompts, parts, ablation=ablated, **how)
     whole = (of_circuit[0], of_model[0])
     removals = [
         Removal.of(name, heads, whole, left)

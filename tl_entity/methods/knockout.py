@@ -1,7 +1,6 @@
 """Attention knockout: where information flows, seen in what breaks when one token no longer sees
 another (Prakash et al. 2024, appendix)."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +8,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.exact.blocks import unembed
-from tl_entity.exact.suffix import CleanRun
-from tl_entity.hooks.edits import Hook, knock_out
-from tl_entity.hooks.run import answer_logits
+from tl_entity.hooks.edits import knock_out
 from tl_entity.hooks.vocabulary import check_prompts
-from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, evaluate_each
-from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.circuits import Evaluation, evaluate_each
+from tl_entity.metrics import Metric
 from tl_entity.results import Label, Result
+from tl_entity.runs.runner import Runner, RunSettings
+from tl_entity.runs.variants import Edits
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -191,9 +190,7 @@ def knock_out_attention(
     *,
     from_position: str,
     to_position: str,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
+    **how: Unpack[RunSettings],
 ) -> Float[Tensor, " layer"]:
     """Accuracy by first knocked-out layer: entry l is with attention from one named token to
     another taken away, in every head, in layer l and all layers above.
@@ -202,13 +199,7 @@ def knock_out_attention(
     control.
     """
     curve = knockout_curve(
-        model,
-        prompts,
-        from_position=from_position,
-        to_position=to_position,
-        engine=engine,
-        batch_size=batch_size,
-        memory=memory,
+        model, prompts, from_position=from_position, to_position=to_position, **how
     )
     return torch.tensor(curve.accuracy, dtype=torch.float32)
 
@@ -223,10 +214,8 @@ def knockout_curve(
     to_position: str,
     random_draws: int = 0,
     seed: int | None = None,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    metric: Metric | None = None,
+    **how: Unpack[RunSettings],
 ) -> KnockoutCurve:
     """Knock out attention from one named token to another, from each layer up (Prakash et al. 2024,
     appendix).
@@ -247,12 +236,11 @@ def knockout_curve(
         to_position: named position of the token that is hidden from it.
         random_draws: how many times the control draws random tokens; no control with 0.
         seed: of the random tokens; needed with a control.
-        engine: "exact" runs the prompts once and recomputes, for all first layers together, only
-            what the knockout can change; "hooks" runs the whole model for each.
-        batch_size: prompts run together, at most.
-        memory: bytes that intermediate results may take; found from the device if left out.
-        progress: called with the number of runs done since the last call, where one first layer on
-            one prompt is a run; there are (n_layers * (1 + random_draws) + 1) * len(prompts).
+        metric: what is read off the answers besides, as in `evaluate`.
+        how: engine, batch_size, memory, progress, ranks or runner: see `Runner`. "exact" runs the
+            prompts once and recomputes, for all first layers together, only what the knockout can
+            change; "hooks" runs the whole model for each. One first layer on one prompt is a run;
+            there are (n_layers * (1 + random_draws) + 1) * len(prompts).
 
     Raises:
         InputError: if a position is missing or `to_position` comes after `from_position` in a
@@ -286,34 +274,19 @@ def knockout_curve(
         hidden += control
     n_layers = model.cfg.n_layers
 
-    def logits_of(chunk: PromptBatch) -> Iterable[Tensor]:
-        variants: list[list[Hook]] = [[]]
-        for name in hidden:
-            variants += [
-                knock_out(
-                    chunk,
-                    from_position=from_position,
-                    to_position=name,
-                    layers=range(layer, n_layers),
-                )
-                for layer in range(n_layers)
-            ]
-        if engine == "hooks":
-            return (answer_logits(model, chunk, hooks) for hooks in variants)
-        run = CleanRun.record(
-            model, chunk, first_layer=0, positions=[from_position], begins=range(n_layers)
+    def edits_of(chunk: PromptBatch) -> list[Edits]:
+        from_each_layer = (
+            (name, range(layer, n_layers)) for name in hidden for layer in range(n_layers)
         )
-        return (unembed(model, final) for final in run.answer_resid_each(variants, memory=memory))
+        return [
+            (),
+            *(
+                knock_out(chunk, from_position=from_position, to_position=name, layers=layers)
+                for name, layers in from_each_layer
+            ),
+        ]
 
-    whole, *found = evaluate_each(
-        model,
-        prompts,
-        1 + len(hidden) * n_layers,
-        logits_of,
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
+    whole, *found = evaluate_each(model, prompts, edits_of, Runner.of(**how), metric)
     curves = [tuple(found[i * n_layers : (i + 1) * n_layers]) for i in range(len(hidden))]
     return KnockoutCurve(
         from_position=from_position,

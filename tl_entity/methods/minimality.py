@@ -1,22 +1,23 @@
 """Does a circuit need each of its heads? (Prakash et al. 2024, §3.3)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head, HeadsAt
 from tl_entity.hooks.ablations import Ablation, AblationKind
-from tl_entity.methods.circuits import BATCH_SIZE, Evaluation, ablation_of, evaluate_circuits
-from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.circuits import Evaluation, ablation_of, evaluate_circuits
 from tl_entity.results import Label, Result, plain
+from tl_entity.runs.runner import RunSettings
 from tl_entity.stats import Interval, paired_counts, paired_ratio_interval
 from tl_entity.tasks.batches import PromptBatch
 
@@ -193,10 +194,7 @@ def minimality(
     seed: int,
     threshold: float = THRESHOLD,
     largest_share: float = LARGEST_SHARE,
-    engine: Engine = "exact",
-    batch_size: int = BATCH_SIZE,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    **how: Unpack[RunSettings],
 ) -> Minimality:
     """Keep the heads that a circuit loses accuracy by (Prakash et al. 2024, §3.3).
 
@@ -226,11 +224,7 @@ def minimality(
         seed: kept in the result; nothing is drawn, now that the intervals are no bootstrap.
         threshold: the score that a head must reach to be kept.
         largest_share: share of a group that K may have, rounded up.
-        engine: as in `evaluate`.
-        batch_size: prompts run together, at most.
-        memory: bytes that intermediate results may take; found from the device if left out.
-        progress: called with the number of runs done since the last call, where one part removed on
-            one prompt is a run.
+        how: as in `evaluate`. One part removed on one prompt is a run.
 
     Raises:
         InputError: as `evaluate`; or if `largest_share` is no share.
@@ -247,17 +241,7 @@ def minimality(
         found.update(zip(new, evaluate_all([circuit] * len(new), gone), strict=True))
 
     def evaluate_all(circuits: Sequence[Circuit], gone: Sequence[HeadsAt]) -> list[Evaluation]:
-        return evaluate_circuits(
-            model,
-            prompts,
-            circuits,
-            removed=gone,
-            ablation=ablated,
-            engine=engine,
-            batch_size=batch_size,
-            memory=memory,
-            progress=progress,
-        )
+        return evaluate_circuits(model, prompts, circuits, removed=gone, ablation=ablated, **how)
 
     # With nothing removed every group means the same circuit, which is evaluated once.
     (of_circuit,) = evaluate_all([circuit], [{}])

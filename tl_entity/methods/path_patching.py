@@ -1,29 +1,29 @@
 """Path patching: how much each head or MLP matters through a chosen path (Prakash et al. 2024,
 §3.1)."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+from typing_extensions import Unpack
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact import path_patching as exact_engine
-from tl_entity.finite import check_finite
 from tl_entity.heads import Head
 from tl_entity.hooks import path_patching as hooks_engine
-from tl_entity.hooks.guard import guarded
-from tl_entity.hooks.path_patching import Senders
+from tl_entity.hooks.path_patching import Path, Senders
 from tl_entity.hooks.points import HeadInput, check_heads
-from tl_entity.hooks.vocabulary import check_pairs, check_tokens
-from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
-from tl_entity.ranks import shared_out
+from tl_entity.hooks.vocabulary import check_metric, check_pairs
+from tl_entity.metrics import RELATIVE_PROBABILITY, Metric, check_values
 from tl_entity.results import ROWS_SHOWN, plain
+from tl_entity.runs.runner import Engine as Engine
+from tl_entity.runs.runner import Runner, RunSettings
 from tl_entity.scores import ScoreMap, Scores, colour_bound
 from tl_entity.stats import Z_95
 from tl_entity.tasks.batches import PairBatch
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
     from tl_entity.plots.heatmaps import HeadMap
 
-Engine = Literal["exact", "hooks"]
-"""`"exact"` recomputes only what can change; `"hooks"` runs the whole model for every sender."""
-
+Receivers = Sequence[Head] | Mapping[HeadInput, Sequence[Head]]
+"""Heads patched into: those of one input, or by which of their inputs."""
 
 HEADS_IN_A_LINE = 3
 """Heads that a line of text about a score map names."""
@@ -58,6 +57,8 @@ class HeadScores(ScoreMap):
         receiver_input: which of their inputs; None for the logits.
         engine: what computed the scores.
         metric: the metric's name.
+        inputs: the heads by input, where several inputs are patched together; `receiver_input` is
+            None then.
     """
 
     per_example: Float[Tensor, "layer head batch"]
@@ -67,6 +68,7 @@ class HeadScores(ScoreMap):
     receiver_input: HeadInput | None
     engine: Engine
     metric: str = RELATIVE_PROBABILITY.name
+    inputs: tuple[tuple[HeadInput, tuple[Head, ...]], ...] = ()
 
     def __str__(self) -> str:
         best = ", ".join(
@@ -224,6 +226,8 @@ class MLPScores(ScoreMap):
         receiver_input: which of their inputs; None for the logits.
         engine: what computed the scores.
         metric: the metric's name.
+        inputs: the heads by input, where several inputs are patched together; `receiver_input` is
+            None then.
     """
 
     per_example: Float[Tensor, "layer batch"]
@@ -233,6 +237,7 @@ class MLPScores(ScoreMap):
     receiver_input: HeadInput | None
     engine: Engine
     metric: str = RELATIVE_PROBABILITY.name
+    inputs: tuple[tuple[HeadInput, tuple[Head, ...]], ...] = ()
 
     def __str__(self) -> str:
         scores = self.scores.tolist()
@@ -293,13 +298,10 @@ def path_patch(
     pairs: PairBatch,
     *,
     position: str = "last",
-    receivers: Sequence[Head] | None = None,
+    receivers: Receivers | None = None,
     receiver_input: HeadInput | None = None,
-    engine: Engine = "exact",
-    batch_size: int | None = None,
     metric: Metric = RELATIVE_PROBABILITY,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    **how: Unpack[RunSettings],
 ) -> HeadScores:
     """Score every head of the model as a sender (Prakash et al. 2024, §3.1).
 
@@ -320,16 +322,14 @@ def path_patch(
         pairs: clean and corrupt prompts, and the token whose probability is followed.
         position: where senders and receivers are.
         receivers: heads patched into; None for the logits. With an empty list nothing can be
-            reached and all scores are 0.
-        receiver_input: "q", "k" or "v" of the receivers; goes with `receivers`.
-        engine: "exact" (fast) or "hooks" (plain TransformerLens, one full run a sender).
-        batch_size: pairs run together; all on the hooks engine and as many as memory allows on the
-            exact engine if left out. Results do not depend on it beyond rounding.
+            reached and all scores are 0. Heads by which of their inputs, such as
+            `{"q": [...], "v": [...]}`, are patched into together.
+        receiver_input: "q", "k" or "v" of the receivers; goes with a list of `receivers`.
         metric: how runs are scored, from `tl_entity.metrics` or your own.
-        memory: bytes that the exact engine's intermediate results may take; found from the device
-            if left out. Results do not depend on it beyond rounding.
-        progress: called with the number of runs done since the last call, where one sender on one
-            pair is a run; a path patching has n_layers * n_heads * len(pairs) of them.
+        how: engine, batch_size, memory, progress, ranks or runner: see `Runner`. "exact" is fast,
+            "hooks" plain TransformerLens, one full run a sender. With no batch_size, all pairs run
+            together on the hooks engine and as many as memory allows on the exact engine. One
+            sender on one pair is a run; there are n_layers * n_heads * len(pairs) of them.
 
     Raises:
         InputError: if the prompts lack the position, a receiver does not exist, receivers and
@@ -338,26 +338,15 @@ def path_patch(
             the model.
         NotFiniteError: if weights, activations or scores are NaN or infinite, naming where.
     """
-    clean, patched = _run(
-        "heads",
-        model,
-        pairs,
-        position,
-        receivers,
-        receiver_input,
-        engine,
-        batch_size,
-        metric,
-        memory,
-        progress,
-    )
+    path = _path_of("heads", position, receivers, receiver_input)
+    runner = Runner.of(**how)
+    clean, patched = _run(model, pairs, path, metric, runner)
     return HeadScores(
         per_example=metric.change(patched, clean),
         clean_values=clean,
         position=position,
-        receivers=None if receivers is None else tuple(receivers),
-        receiver_input=receiver_input,
-        engine=engine,
+        **_described(path),
+        engine=runner.engine,
         metric=metric.name,
     )
 
@@ -368,39 +357,25 @@ def path_patch_mlps(
     pairs: PairBatch,
     *,
     position: str = "last",
-    receivers: Sequence[Head] | None = None,
+    receivers: Receivers | None = None,
     receiver_input: HeadInput | None = None,
-    engine: Engine = "exact",
-    batch_size: int | None = None,
     metric: Metric = RELATIVE_PROBABILITY,
-    memory: int | None = None,
-    progress: Callable[[int], object] = lambda runs: None,
+    **how: Unpack[RunSettings],
 ) -> MLPScores:
     """Score every layer's MLP as a sender: `path_patch` with `mlp_out` at `position` in place of a
     head's output. Every head is held at its clean value; the MLPs above are recomputed.
 
     Arguments and errors are those of `path_patch`; a run is one layer on one pair.
     """
-    clean, patched = _run(
-        "mlps",
-        model,
-        pairs,
-        position,
-        receivers,
-        receiver_input,
-        engine,
-        batch_size,
-        metric,
-        memory,
-        progress,
-    )
+    path = _path_of("mlps", position, receivers, receiver_input)
+    runner = Runner.of(**how)
+    clean, patched = _run(model, pairs, path, metric, runner)
     return MLPScores(
         per_example=metric.change(patched, clean)[:, 0],
         clean_values=clean,
         position=position,
-        receivers=None if receivers is None else tuple(receivers),
-        receiver_input=receiver_input,
-        engine=engine,
+        **_described(path),
+        engine=runner.engine,
         metric=metric.name,
     )
 
@@ -409,54 +384,65 @@ def _path(scores: HeadScores | MLPScores) -> str:
     """The path that was patched, in words."""
     if scores.receivers is None:
         return f"{scores.position} into the logits"
-    n = len(scores.receivers)
-    heads = " ".join(map(str, scores.receivers)) if n <= HEADS_IN_A_LINE else f"{n} heads"
-    return f"{scores.position} into {scores.receiver_input} of {heads or 'no heads'}"
+    inputs = scores.inputs or [(scores.receiver_input, scores.receivers)]
+    return f"{scores.position} into " + " and ".join(
+        f"{which} of {_named(heads)}" for which, heads in inputs
+    )
+
+
+def _named(heads: Sequence[Head]) -> str:
+    if len(heads) > HEADS_IN_A_LINE:
+        return f"{len(heads)} heads"
+    return " ".join(map(str, heads)) or "no heads"
+
+
+def _path_of(
+    senders: Senders,
+    position: str,
+    receivers: Receivers | None,
+    receiver_input: HeadInput | None,
+) -> Path:
+    if isinstance(receivers, Mapping):
+        if receiver_input is not None:
+            raise InputError(
+                "Receivers that are given by their inputs go without a receiver_input."
+            )
+        return Path(senders, position, receivers)
+    if receivers is None or receiver_input is None:
+        if receivers is not None or receiver_input is not None:
+            raise InputError("Receivers and receiver_input go together: give both or neither.")
+        return Path(senders, position)
+    return Path(senders, position, {receiver_input: tuple(receivers)})
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The receivers as results have them."""
+    if path.receivers is None:
+        return {"receivers": None, "receiver_input": None}
+    inputs = [(which, tuple(heads)) for which, heads in path.receivers.items()]
+    if len(inputs) == 1:
+        return {"receivers": inputs[0][1], "receiver_input": inputs[0][0]}
+    every = dict.fromkeys(head for _, heads in inputs for head in heads)
+    return {"receivers": tuple(every), "receiver_input": None, "inputs": tuple(inputs)}
 
 
 def _run(
-    senders: Senders,
-    model: Model,
-    pairs: PairBatch,
-    position: str,
-    receivers: Sequence[Head] | None,
-    receiver_input: HeadInput | None,
-    engine: Engine,
-    batch_size: int | None,
-    metric: Metric,
-    memory: int | None,
-    progress: Callable[[int], object],
+    model: Model, pairs: PairBatch, path: Path, metric: Metric, runner: Runner
 ) -> tuple[Tensor, Tensor]:
-    """The metric in the clean runs and with each sender patched, by one of the engines."""
-    if (receivers is None) != (receiver_input is None):
-        raise InputError("Receivers and receiver_input go together: give both or neither.")
-    check_heads(model, receivers or ())
+    """The metric in the clean runs and with each sender patched."""
+    for heads in (path.receivers or {}).values():
+        check_heads(model, heads)
     check_pairs(model, pairs)
-    if metric.tokens is not None:
-        check_tokens(model, metric.tokens(pairs), f"{metric.name} of pair")
-    how: dict[str, Any] = {
-        "position": position,
-        "senders": senders,
-        "receivers": receivers,
-        "receiver_input": receiver_input,
-        "metric": metric,
-        "progress": progress,
-    }
+    check_metric(model, metric, pairs)
+    exact = partial(exact_engine.patched_values, batch_size=runner.batch_size, memory=runner.memory)
+    # The exact engine takes as many pairs at a time as its memory allows.
+    size = runner.choose(exact=len(pairs), hooks=runner.batch_size or len(pairs))
+    patched_values = runner.choose(exact=exact, hooks=hooks_engine.patched_values)
 
-    def compute(mine: PairBatch) -> tuple[Tensor, ...]:
-        if engine == "exact":
-            return exact_engine.patched_values(
-                model, mine, **how, batch_size=batch_size, memory=memory
-            )
-        parts = [
-            hooks_engine.patched_values(model, chunk, **how)
-            for chunk in mine.chunks(len(mine) if batch_size is None else batch_size)
-        ]
-        return torch.cat([clean for clean, _ in parts]), torch.cat([p for _, p in parts], -1)
+    def compute(some: PairBatch) -> tuple[Tensor, ...]:
+        return patched_values(model, some, path, metric=metric, progress=runner.progress)
 
-    with guarded(model):
-        clean, patched = shared_out(pairs.to(model.cfg.device or "cpu"), compute)
-    advice = "the logits are finite, so it is the metric that is not defined for this pair"
-    check_finite(f"The metric {metric.name!r} of the clean runs", clean, advice)
-    check_finite(f"The metric {metric.name!r} by layer, sender and pair", patched, advice)
+    clean, patched = runner.over(pairs.to(model.cfg.device or "cpu"), size, compute, model)
+    check_values(metric, clean, " of the clean runs")
+    check_values(metric, patched, " by layer, sender and pair")
     return clean, patched
