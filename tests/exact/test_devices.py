@@ -55,12 +55,15 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Generator[HookedTransformer, None,
     def device_of_block(index: int, *_: Any) -> torch.device:
         return torch.device("cpu" if index < FAR else "meta")
 
-    def with_mask_there(_: Any, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].to("meta")}
+    def with_mask_there(forward: Any) -> Any:
+        def run(*args: Any, attention_mask: Tensor, **kwargs: Any) -> Any:
+            return forward(*args, attention_mask=attention_mask.to("meta"), **kwargs)
+
+        return run
 
     for block in model.blocks[FAR:]:
         # TransformerLens takes scores to where the mask is and back, which `meta` can't do.
-        block.register_forward_pre_hook(with_mask_there, with_kwargs=True)
+        block.forward = with_mask_there(block.forward)
     # TransformerLens would number CUDA devices.
     forward = sys.modules[HookedTransformer.__module__]
     monkeypatch.setattr(forward, "get_device_for_block_index", device_of_block)
