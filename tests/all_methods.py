@@ -31,6 +31,8 @@ from tl_entity import (
     knock_out_attention,
     learn_mask,
     learn_masks,
+    logit_attribution,
+    logit_lens,
     mean_head_outputs,
     mechanism_edges,
     minimality,
@@ -192,6 +194,8 @@ PLAIN_RUNS: dict[str, Call] = {
         summarize_attention(m, p.clean, HEADS, from_position="last").weights
     ),
     "attention_over_prompt": lambda m, p, e: attention_over_prompt(m, p.clean, HEADS).weights,
+    "logit_attribution": lambda m, p, e: logit_attribution(m, p).per_example,
+    "logit_lens": lambda m, p, e: logit_lens(m, p).per_example,
     "record": lambda m, p, e: record(m, p.clean, {hook_point("z", 2): "last"})[hook_point("z", 2)],
     "answer_logits": lambda m, p, e: answer_logits(m, p.clean),
     "patch_from_model": lambda m, p, e: answer_logits(

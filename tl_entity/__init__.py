@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.activation_patching import carries as carries
     from tl_entity.methods.attention import attention_over_prompt as attention_over_prompt
     from tl_entity.methods.attention import summarize_attention as summarize_attention
+    from tl_entity.methods.attribution import logit_attribution as logit_attribution
+    from tl_entity.methods.attribution import logit_lens as logit_lens
     from tl_entity.methods.behaviour import compare_behaviour as compare_behaviour
     from tl_entity.methods.circuits import Evaluation as Evaluation
     from tl_entity.methods.circuits import Faithfulness as Faithfulness
@@ -139,6 +141,8 @@ _HOME = {
     "learn_masks": "methods.dcm",
     "LearnedMasks": "methods.dcm",
     "load_model": "models.load",
+    "logit_attribution": "methods.attribution",
+    "logit_lens": "methods.attribution",
     "load_prompts": "tasks.boxes",
     "load_tokenizer": "models.load",
     "marked_pairs": "tasks.own",
