@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 from tl_entity.errors import InputError
 from tl_entity.reading import read_json
@@ -38,6 +38,22 @@ class Head(NamedTuple):
     __repr__ = __str__
 
     @classmethod
+    def of(cls, given: object) -> "Head":
+        """The head that is meant: one already, a pair (layer, head), or a name such as `L10H3`.
+
+        Raises:
+            InputError: if it is none of these.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str):
+            return cls.parse(given)
+        pair = tuple(given) if isinstance(given, list | tuple) else ()
+        if len(pair) != 2 or not all(_is_index(index) for index in pair):
+            raise InputError(f"{given!r:.60} is no head; write a pair (layer, head), or L10H3.")
+        return cls(int(pair[0]), int(pair[1]))
+
+    @classmethod
     def parse(cls, text: str) -> "Head":
         """The head that `L10H3` names.
 
@@ -48,6 +64,10 @@ class Head(NamedTuple):
         if match is None:
             raise InputError(f"{text!r} does not name a head; write it like L10H3.")
         return cls(int(match[1]), int(match[2]))
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool) and int(value) >= 0
 
 
 class Node(NamedTuple):
@@ -138,7 +158,7 @@ class Circuit:
             )
         return cls(
             tuple(
-                Group(name, position, tuple(Head(*head) for head in heads.get(name, ())))
+                Group(name, position, tuple(Head.of(head) for head in heads.get(name, ())))
                 for name, position in ENTITY_TRACKING_POSITIONS.items()
             )
         )
@@ -213,7 +233,7 @@ class Circuit:
         Raises:
             InputError: if there is no such group, or it does not have such a head.
         """
-        wanted = {name: {Head(*head) for head in some} for name, some in heads.items()}
+        wanted = {name: {Head.of(head) for head in some} for name, some in heads.items()}
         for name, some in wanted.items():
             if name not in self.sizes:
                 raise InputError(f"The circuit has no group {name!r} to cut down.")
@@ -271,7 +291,7 @@ def heads_by_position(heads: "Circuit | HeadsAt | None") -> dict[str, tuple[Head
         return {}
     if isinstance(heads, Circuit):
         return heads.heads_at()
-    return {position: tuple(Head(*head) for head in at) for position, at in heads.items()}
+    return {position: tuple(map(Head.of, at)) for position, at in heads.items()}
 
 
 def without(

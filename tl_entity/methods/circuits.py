@@ -427,15 +427,6 @@ def evaluate_each(
     ]
 
 
-@checked
-def judge(logits: Float[Tensor, "batch d_vocab"], prompts: PromptBatch) -> Evaluation:
-    """The answers that these logits at `"last"` give to the prompts."""
-    predicted = logits.argmax(-1).to(prompts.answers.device)
-    return Evaluation(
-        predicted, predicted == prompts.answers, log_probability(logits, prompts.answers)
-    )
-
-
 def ablation_of(model: Model, ablation: Ablation | None, mean_outputs: Tensor | None) -> Ablation:
     """What ablated heads put out, from one of the two ways to say it."""
     if ablation is not None and mean_outputs is not None:

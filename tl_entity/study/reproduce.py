@@ -20,7 +20,7 @@ from tl_entity.heads import Circuit
 from tl_entity.hooks.cross_model import check_same_architecture
 from tl_entity.methods.discovery import Discovery
 from tl_entity.models.load import load_model
-from tl_entity.models.registry import REGISTRY
+from tl_entity.models.registry import REGISTRY, public_name
 from tl_entity.output import check_writable
 from tl_entity.plots.render import PngRenderer, plotly_script
 from tl_entity.ranks import is_first
@@ -135,6 +135,7 @@ def reproduce(
     drawn: dict[str, PairBatch] = {}
     seeds: dict[str, int] = {}
     models: Record = {}
+    shown = settings.public()
     for role, name in settings.models.items():
         model = _load(settings, role)
         inputs = {
@@ -152,9 +153,9 @@ def reproduce(
         models[role], found = _study_model(bench, others)
         benches[role] = bench
         models[role] |= {
-            "name": name,
+            "name": public_name(name),
             "label": labels[role],
-            "adapter": settings.adapters[role],
+            "adapter": shown[f"{role}_adapter"],
             "note": next(
                 (m.note for m in REGISTRY if m.name == name and not settings.adapters[role]), None
             ),
@@ -169,7 +170,7 @@ def reproduce(
             apart = f"no circuit was found in {labels[role]}."
     results: Record = {
         "settings": {
-            **dataclasses.asdict(settings),
+            **shown,
             "sizes": {group: sizes[group] for group in GROUPS},
             "receiver_sizes": receiver_sizes,
         },
@@ -181,9 +182,9 @@ def reproduce(
         "control": None
         if settings.control is None
         else {
-            "name": settings.control,
+            "name": shown["control"],
             "label": labels["control"],
-            "adapter": settings.control_adapter,
+            "adapter": shown["control_adapter"],
             "fingerprint": facts["control"].fingerprint,
         },
         "cmap": {},
@@ -278,7 +279,7 @@ def _joined(
         their_only = theirs["only"]
     except (OSError, ValueError, KeyError, TypeError):
         return settings
-    ours = json.loads(to_json({**dataclasses.asdict(settings), **resolved}))
+    ours = json.loads(to_json({**settings.public(), **resolved}))
     for shown in ("only", "png"):
         ours.pop(shown)
         theirs.pop(shown, None)
@@ -299,14 +300,16 @@ def _load(settings: Settings, role: str) -> HookedTransformer:
 
 
 def _labels(settings: Settings) -> dict[str, str]:
-    """Names to show: the last part of a path, where that tells the models apart."""
-
-    def joined(shorten: Callable[[str], str]) -> dict[str, str]:
-        parts = {role: (name, settings.adapters[role]) for role, name in settings.sources.items()}
-        return {role: " + ".join(map(shorten, filter(None, both))) for role, both in parts.items()}
-
-    short = joined(lambda name: Path(name).name or name)
-    return short if len(set(short.values())) == len(short) else joined(str)
+    """Names to show: the last part of a path, with the role where that does not tell the models
+    apart."""
+    labels = {
+        role: " + ".join(Path(part).name or part for part in (name, adapter) if part)
+        for role, name in settings.sources.items()
+        for adapter in (settings.adapters[role],)
+    }
+    if len(set(labels.values())) == len(labels):
+        return labels
+    return {role: f"{label} ({role})" for role, label in labels.items()}
 
 
 def _study_model(
