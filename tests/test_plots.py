@@ -161,7 +161,7 @@ def test_text_in_a_figure_cannot_end_its_script():
     html = figure_html(figure, "name")
     reader.feed(html)
     assert reader.tags == ["div", "script"]
-    content = html.split("const f=")[1].split(";const draw")[0]
+    content = html.split("const f=")[1].split(";const draw=")[0]
     assert json.loads(content)["data"][0]["name"] == "</script><img>"
 
 

@@ -135,6 +135,87 @@ def test_text_stands_out_from_its_ground(browser, report, scheme):
     assert (bright + 0.05) / (dark + 0.05) >= 4.5
 
 
+def drawn_on(page) -> set[str]:
+    """The grounds that figures are drawn on."""
+    return set(
+        page.evaluate(
+            """() => [...document.querySelectorAll('.js-plotly-plot .main-svg')]
+                .map(drawn => getComputedStyle(drawn).backgroundColor)
+                .filter(colour => !/, 0\\)|transparent/.test(colour))"""
+        )
+    )
+
+
+def test_figures_follow_a_dark_screen_and_its_changes_but_not_onto_paper(browser, report):
+    page, trouble = opened(browser, report, WIDE, color_scheme="dark")
+    white = "rgb(255, 255, 255)"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground != white and drawn_on(page) == {ground}
+    page.emulate_media(color_scheme="light")
+    page.wait_for_timeout(500)
+    assert drawn_on(page) == {white}
+    page.emulate_media(color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.wait_for_timeout(500)
+    assert drawn_on(page) == {white}
+    assert trouble == []
+
+
+def test_what_is_wider_than_a_phone_scrolls_by_itself_and_says_so(browser, report):
+    page, _ = opened(browser, report, PHONE)
+    boxes = page.evaluate(
+        """() => [...document.querySelectorAll('.wide')]
+            .filter(box => !box.closest('details'))
+            .map(box => [box.scrollWidth > box.clientWidth + 1,
+                /scroll/.test(getComputedStyle(box, '::before').content)])"""
+    )
+    assert any(is_wider for is_wider, _ in boxes) and not all(is_wider for is_wider, _ in boxes)
+    assert all(is_wider == says_so for is_wider, says_so in boxes)
+
+
+def test_words_of_a_diagram_do_not_cover_each_other_on_a_phone(browser, report):
+    page, _ = opened(browser, report, PHONE)
+    covered = page.evaluate(
+        """() => [...document.querySelectorAll('[id$=_circuit] .xtick text')]
+            .map(word => word.getBoundingClientRect())
+            .filter((box, i, all) => i && box.left < all[i - 1].left + 5
+                && box.left > all[i - 1].left).length"""
+    )
+    assert covered == 0
+
+
+def test_the_page_begins_with_the_task_and_the_answer_in_plain_words(browser, report):
+    page, _ = opened(browser, report, WIDE)
+    glance = page.inner_text("#glance")
+    assert "The apple is in Box E, the bell is in Box Q" in glance.replace("\n", "")
+    marked = page.evaluate(
+        "[...document.querySelectorAll('.prompt mark')].map(w => [w.className, w.innerText])"
+    )
+    assert marked == [
+        ["correct_object", "bell"],
+        ["previous_query_label", "Q"],
+        ["query_label", "Q"],
+        ["last", "the"],
+        ["correct_object", "bell"],
+    ]
+    # No group's name or bracket stands before the answer.
+    lead = page.inner_text("#glance .lead")
+    assert lead and "[" not in lead and "pos_" not in lead
+    above = page.evaluate(
+        "document.querySelector('#verdict').getBoundingClientRect().top"
+        " < document.querySelector('#accuracy').getBoundingClientRect().top"
+    )
+    assert above
+
+
+def test_no_table_is_there_twice(browser, report):
+    page, _ = opened(browser, report, WIDE)
+    tables = page.evaluate(
+        "[...document.querySelectorAll('table')].map(table => table.textContent.trim())"
+    )
+    assert len(tables) > 8 and len(set(tables)) == len(tables)
+
+
 def test_long_titles_are_whole_on_a_phone(browser, report):
     page, _ = opened(browser, report, PHONE)
     cut = page.evaluate(

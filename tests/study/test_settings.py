@@ -55,3 +55,28 @@ def test_every_purpose_has_its_own_seed():
 def test_prices_that_make_no_sense_are_refused(prices):
     with pytest.raises(InputError, match=r"Sparsities are prices|Every sparsity"):
         Settings(sparsities=prices)
+
+
+def test_what_others_read_names_no_place_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("models/llama", "somebody/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    public = Settings(
+        base=str(tmp_path / "somebody" / "mine"),
+        base_adapter="../gone/lora",
+        tuned="models/llama",
+        tuned_adapter="owner/name",
+        control="default-base",
+    ).public()
+    names = ("base", "base_adapter", "tuned", "tuned_adapter", "control", "control_adapter")
+    shown = [public[name] for name in names]
+    # A place that is not there can't be loaded either, and never comes so far.
+    assert shown == ["mine", "../gone/lora", "models/llama", "owner/name", "default-base", None]
+
+
+@pytest.mark.parametrize(
+    "name", ["prompts", "pairs", "random_circuits", "mask_pairs", "draws", "mask_seeds"]
+)
+def test_more_than_anybody_waits_for_is_refused_at_once(name):
+    with pytest.raises(InputError, match=f"{name.replace('_', ' ')} must be at most"):
+        Settings(**{name: 10**9})

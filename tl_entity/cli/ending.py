@@ -25,6 +25,7 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
     "not enough memory",
+    "failed to map segment",
 )
 """What torch and the operating system say, in errors of several kinds."""
 
@@ -115,8 +116,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     said = str(error).lower()
-    # CUDA's is a RuntimeError of its own; the CPU's is a plain one.
-    return isinstance(error, RuntimeError) and any(words in said for words in _OUT_OF_MEMORY)
+    # CUDA's is a RuntimeError of its own; the CPU's is a plain one; libraries may not fit either.
+    return isinstance(error, RuntimeError | ImportError) and any(
+        words in said for words in _OUT_OF_MEMORY
+    )
 
 
 def _where_traceback(error: BaseException, out: Path | None) -> str:

@@ -29,6 +29,7 @@ _GROUPS = {
 
 _SPECIAL = {
     "mix": Option(metavar="KIND=SHARE,...", read=shares),
+    "dtype": Option(choices=("float32", "bfloat16")),
     "targets": Option(metavar="NAMES", read=names),
 }
 

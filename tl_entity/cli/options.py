@@ -30,6 +30,7 @@ class Option:
         read: from text to the value.
         help: the explanation, with the default.
         also: further names.
+        choices: the values there are.
     """
 
     flag: str | None = None
@@ -37,6 +38,7 @@ class Option:
     read: Callable[[str], Any] | None = None
     help: str | None = None
     also: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 def add_options(
@@ -116,6 +118,8 @@ def _reading(hint: Any, option: Option) -> dict[str, Any]:
     """How a value of this type is read."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is Union:
         hint = next(part for part in get_args(hint) if part is not type(None))
+    if option.choices:
+        return {"choices": option.choices}
     if get_origin(hint) is Literal and option.read is None:
         return {"choices": get_args(hint)}
     usual: dict[Any, tuple[Callable[[str], Any], str]] = {

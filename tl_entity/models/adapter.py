@@ -5,7 +5,6 @@ and DoRA (Liu et al. 2024, arXiv 2402.09353).
 """
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from transformers import PretrainedConfig
 
 from tl_entity.errors import InputError
 from tl_entity.finite import check_finite
+from tl_entity.models.adapter_config import matches
 from tl_entity.models.checkpoint import EMBEDDING, UNEMBEDDING
 
 
@@ -265,7 +265,7 @@ class Adapter:
             case "all-linear":
                 return True
             case str() as pattern:
-                return re.fullmatch(pattern, module) is not None
+                return matches(pattern, module)
             case list() as names:
                 return any(module == name or module.endswith(f".{name}") for name in names)
             case _:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 
 from tl_entity.errors import InputError
@@ -44,6 +45,10 @@ _HARMLESS = {
 }
 """The settings that are understood, or that change nothing once training is over."""
 
+SECONDS_A_MATCH = 0.2
+"""A name of a module is matched in microseconds, except by patterns that go back and forth for
+ever."""
+
 _CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "orthogonal")
 """Initialisations after which the adapter belongs to a changed copy of its base."""
 
@@ -83,6 +88,9 @@ def check_adapter_config(file: Path, config: dict[str, Any]) -> None:
             raise InputError(f"{file} has {name} {value!r}; it must be a positive number.")
         if value > torch.finfo(torch.float32).max:
             raise InputError(f"{file} has a {name} that is too large for float32.")
+        # A scale is alpha over the rank, which a tiny rank would make infinite.
+        if not name.startswith(("lora_alpha", "alpha_pattern")) and value < 1:
+            raise InputError(f"{file} has {name} {value!r}; a rank is at least 1.")
     for name in ("use_rslora", "use_dora"):
         if not isinstance(config.get(name) or False, bool):
             raise InputError(f"{file} has {name} {config[name]!r}; it must be true or false.")
@@ -107,14 +115,30 @@ def check_adapter_config(file: Path, config: dict[str, Any]) -> None:
     for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{file} has the pattern {pattern!r}: {error}.") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{file} has the pattern {pattern!r:.100}: {error}.") from None
 
 
 def by_pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
     """The number that `rank_pattern` or `alpha_pattern` has for a module."""
     # As peft reads them: a pattern stands for the end of a module's name, from a dot on.
     for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        if matches(rf"(.*\.)?({pattern})", module):
             return value
     return default
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of an adapter's configuration stands for a module.
+
+    Raises:
+        InputError: if that takes too long to find out.
+    """
+    try:
+        return regex.fullmatch(pattern, module, timeout=SECONDS_A_MATCH) is not None
+    except (TimeoutError, regex.error, MemoryError) as error:
+        why = "takes for ever" if isinstance(error, TimeoutError) else str(error)
+        raise InputError(
+            f"The adapter's pattern {pattern!r:.100} can't be matched with {module}: {why}; "
+            "name the modules in a list."
+        ) from None

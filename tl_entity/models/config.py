@@ -1,5 +1,6 @@
 """From a Hugging Face configuration to one of TransformerLens, or a refusal that says why."""
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ ROTARY_TYPES: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
 MOST, MOST_LAYERS = 2**24, 2**12
 """No checkpoint has larger sizes, or more layers, and to make room for them would take all memory;
 with so many positions the rotary tables are gigabytes."""
+
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+)
+"""Settings of the rotary embedding that are numbers above 0."""
+
+_MAY_BE_OPEN = frozenset(_ROPE_NUMBERS) - {"rope_theta", "low_freq_factor", "high_freq_factor"}
 
 _OBSTACLES = {
     "cohere": "its attention and MLP run in parallel",
@@ -203,12 +218,14 @@ def _refuse_what_is_no_constant(config: PretrainedConfig, place: str) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < 1:
         raise InputError(f"{place} has rms_norm_eps {eps!r}; it must be a small number.")
     rope = _rope_parameters(config)
-    for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
+    for name in _ROPE_NUMBERS:
         given = rope.get(name, 1.0)
-        # A factor of yarn may be left open.
-        if given is None and name == "factor":
+        # Of yarn most may be left open.
+        if given is None and name in _MAY_BE_OPEN:
             continue
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+        if isinstance(given, bool) or not (
+            isinstance(given, (int, float)) and 0 < given < math.inf
+        ):
             raise InputError(
                 f"The rotary embedding of {place} has {name} {given!r}; it must be a positive "
                 "number."
@@ -288,3 +305,7 @@ def _rope(config: PretrainedConfig, place: str) -> dict[str, Any]:
                 return base
     except KeyError as error:
         raise InputError(f"The rotary embedding of {place} lacks {error}.") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"The rotary embedding of {place} can't be computed from its settings: {error}."
+        ) from None

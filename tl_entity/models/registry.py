@@ -275,6 +275,16 @@ def check_checkpoint_folder(folder: Path) -> None:
     raise InputError(f"{folder} has no config.json; is it a checkpoint's folder?")
 
 
+def public_name(name_or_path: str) -> str:
+    """What others may read of a model's name: of a place on this machine that is not below the
+    current folder its last part alone, since the rest names people and their folders."""
+    path = Path(name_or_path).expanduser()
+    if registered(name_or_path) is not None or not (path.is_absolute() or path.exists()):
+        return name_or_path
+    is_below = not path.is_absolute() and ".." not in path.parts
+    return name_or_path if is_below else path.resolve().name
+
+
 def planted_circuit(name_or_path: str | Path) -> Path | None:
     """The file that says which heads were planted in this model, if they were."""
     folder = locate(name_or_path)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tl_entity._typing import checked
 
 @checked
 def figure_html(figure: go.Figure, name: str) -> str:
-    """The figure as an HTML element; the page must have loaded plotly.js before it.
+    """The figure as an HTML element; the page must have loaded plotly.js and `figure_script` before
+    it.
 
     Args:
         figure: the figure.
@@ -30,14 +32,15 @@ def figure_html(figure: go.Figure, name: str) -> str:
     return (
         f'<div id="{name}" class="plot" style="height:{height:.0f}px"></div>\n'
         f'<script>{{const e=document.getElementById("{name}");const f={content};'
-        # On a phone, a long title takes more lines.
-        "const draw=()=>{const t=f.layout.title;if(e.clientWidth<480&&t&&t.text){"
-        'const lines=t.text.match(/.{1,42}(\\s|$)/g)||[t.text];t.text=lines.join("<br>");'
-        "t.font={size:13};f.layout.margin.t=(f.layout.margin.t||80)+18*(lines.length-1);}"
-        "Plotly.newPlot(e,f.data,f.layout,{responsive:true,displayModeBar:false});};"
+        "const draw=()=>drawFigure(e,f);"
         'if(document.readyState==="loading")addEventListener("DOMContentLoaded",draw);else draw();}'
         "</script>"
     )
+
+
+def figure_script() -> str:
+    """The script that draws figures: in the colours and the width of what they are seen on."""
+    return files("tl_entity.plots").joinpath("figure.js").read_text(encoding="utf-8")
 
 
 def plotly_script() -> Path:

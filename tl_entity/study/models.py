@@ -1,7 +1,6 @@
 """The models of a study: loaded, looked at before any work, and told apart."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.cross_model import check_same_architecture
 from tl_entity.models.load import load_model
-from tl_entity.models.registry import REGISTRY
+from tl_entity.models.registry import REGISTRY, public_name
 from tl_entity.study.experiments import own_tokenizer
 from tl_entity.study.results import About
 from tl_entity.study.settings import Settings
@@ -74,7 +73,10 @@ def about(settings: Settings, role: str, label: str, facts: Facts) -> About:
     """What a model is."""
     name, adapter = settings.sources[role], settings.adapters[role]
     note = next((m.note for m in REGISTRY if m.name == name and not adapter), None)
-    return About(name, label, adapter, note, facts.n_layers, facts.n_heads, facts.fingerprint)
+    shown = None if adapter is None else public_name(adapter)
+    return About(
+        public_name(name), label, shown, note, facts.n_layers, facts.n_heads, facts.fingerprint
+    )
 
 
 def why_apart(settings: Settings, role: str) -> str | None:
@@ -99,11 +101,13 @@ def load(settings: Settings, role: str) -> HookedTransformer:
 
 
 def labels(settings: Settings) -> dict[str, str]:
-    """Names to show: the last part of a path, where that tells the models apart."""
-
-    def joined(shorten: Callable[[str], str]) -> dict[str, str]:
-        parts = {role: (name, settings.adapters[role]) for role, name in settings.sources.items()}
-        return {role: " + ".join(map(shorten, filter(None, both))) for role, both in parts.items()}
-
-    short = joined(lambda name: Path(name).name or name)
-    return short if len(set(short.values())) == len(short) else joined(str)
+    """Names to show: the last part of a path, with the role where that does not tell the models
+    apart."""
+    labels = {
+        role: " + ".join(Path(part).name or part for part in (name, adapter) if part)
+        for role, name in settings.sources.items()
+        for adapter in (settings.adapters[role],)
+    }
+    if len(set(labels.values())) == len(labels):
+        return labels
+    return {role: f"{label} ({role})" for role, label in labels.items()}

@@ -207,7 +207,7 @@ class Study(Result):
         control = self.control
         return {
             "settings": {
-                **plain(self.settings),
+                **plain(self.settings.public()),
                 "sizes": {group: self.sizes[group] for group in GROUPS},
                 "receiver_sizes": dict(self.receiver_sizes),
             },

@@ -1,15 +1,17 @@
 """What the main job is asked to do, and what it takes where nothing is said. Needs no torch."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tl_entity._typing import checked
 from tl_entity.choices import GIB, AblationKind, Dtype, Engine, MatmulPrecision
 from tl_entity.errors import InputError, did_you_mean
 from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
-from tl_entity.models.registry import planted_circuit
+from tl_entity.models.registry import planted_circuit, public_name
 
 GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
 """The four groups, in the order of discovery."""
@@ -221,6 +223,15 @@ class Settings:
             "tuned": self.tuned_adapter,
             "control": self.control_adapter,
         }
+
+    def public(self) -> dict[str, Any]:
+        """The settings as others may read them, who know nothing of places on this machine."""
+        given = dataclasses.asdict(self)
+        for role in ("base", "tuned", "control"):
+            for name in (role, f"{role}_adapter"):
+                if given[name] is not None:
+                    given[name] = public_name(given[name])
+        return given
 
     def planted(self, role: str) -> Circuit | None:
         """The circuit planted in a model, if one was and no adapter has changed it since."""

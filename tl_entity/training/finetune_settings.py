@@ -74,7 +74,7 @@ class FinetuneSettings:
     prompts: int = 100
     boxes: int = 7
     checkpoint_every: int = 20
-    dtype: Dtype = "float32"
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for kind, share in self.mix.items():

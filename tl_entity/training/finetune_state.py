@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_entity.errors import InputError
 from tl_entity.output import write_atomically
+from tl_entity.reading import parse_json
 from tl_entity.training.box_task import Evaluation
 
 RECORD, TIMES, UNFINISHED = "finetune.json", "times.json", "unfinished.safetensors"
@@ -66,7 +67,7 @@ class FinetuneState:
             InputError: if it holds a run with other inputs, or can't be read.
         """
         try:
-            record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+            record = _read_record(out / RECORD)
             _refuse_other_inputs(out, record["settings"], inputs)
             if record["finished"]:
                 for step in record["checkpoints"]:
@@ -89,11 +90,11 @@ class FinetuneState:
             return cls(inputs)
         try:
             with safe_open(file, framework="pt") as opened:
-                content = json.loads(opened.metadata()["state"])
+                content = _plain(opened.metadata()["state"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             _refuse_other_inputs(out, content["settings"], inputs)
             return cls._of(inputs, content, tensors, content["seconds"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{file} is damaged; remove it to begin anew.") from None
@@ -157,6 +158,25 @@ class Clock:
 
     def saved(self) -> None:
         self._last = time.monotonic()
+
+
+def _read_record(file: Path) -> Any:
+    """What the record says.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
+    if not file.exists():
+        raise FileNotFoundError(file)
+    return _plain(file.read_text(encoding="utf-8")) if file.is_file() else _plain("")
+
+
+def _plain(text: str) -> Any:
+    try:
+        return parse_json(text, "the state")
+    except InputError as error:  # which would not say what to do about it
+        raise ValueError(str(error)) from None
 
 
 def checkpoint_name(step: int) -> str:

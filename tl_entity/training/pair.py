@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,6 @@ def train_default_pair(
     write_atomically(out / FIGURES_FILE, json.dumps(figures, indent=1) + "\n")
     write_cards(out, [figures])
     return figures
-
-
-@checked
-def write_cards_with(out: Path, others: Sequence[Path]) -> None:
-    """Write the pair's cards anew, with the figures of pairs trained from other seeds beside."""
-    write_cards(
-        out,
-        [
-            json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
-            for folder in (out, *others)
-        ],
-    )
 
 
 def _store(model: Any, folder: Path) -> None:

@@ -1,0 +1,98 @@
+"""The pieces of text that tables are made of."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from tl_entity.heads import Head
+from tl_entity.results import read_number
+from tl_entity.study.figures import LETTERS
+from tl_entity.study.settings import GROUPS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_VALUE, MINUS = "\u2013", "\u2212"
+NONE = Markup('<span class="soft">none</span>')
+
+Table = dict[str, Any]
+"""Header, rows and caption, for the template that shows tables."""
+
+_INTERVAL, _UNBROKEN = re.compile(r"\[([^],[]+), ([^],[]+)\]"), "[\\1,\u00a0\\2]"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
+    """A table, no interval of which is broken over two lines."""
+    return {
+        "header": header,
+        "rows": [[unbroken(cell) for cell in row] for row in rows],
+        "caption": caption,
+    }
+
+
+def unbroken(text: str) -> str:
+    """The text with its intervals held together."""
+    return text if isinstance(text, Markup) else _INTERVAL.sub(_UNBROKEN, text)
+
+
+def frame_table(frame: "pd.DataFrame", names: dict[str, str]) -> Table:
+    """Some columns of a data frame under other names, numbers to three places."""
+
+    def cell(value: object) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, float):
+            return NO_VALUE if math.isnan(value) else signed(f"{value:.3f}")
+        return NO_VALUE if value is None else str(value) or NONE
+
+    rows = [[cell(value) for value in row] for row in frame[list(names)].to_numpy(object).tolist()]
+    return table(list(names.values()), rows)
+
+
+def heads_text(heads: Sequence[Sequence[int]]) -> str:
+    """Heads by name."""
+    return " ".join(str(Head(*head)) for head in heads) or NONE
+
+
+def group_cell(group: str) -> str:
+    """`A value_fetcher`; other names as they are."""
+    if group not in LETTERS:
+        return group
+    return Markup("{} <code>{}</code>").format(LETTERS[group], group)
+
+
+def share_text(found: Mapping[str, Any]) -> str:
+    """An accuracy with its interval."""
+    low, high = found["interval"]
+    return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def ratio_text(found: Mapping[str, Any]) -> str:
+    """A faithfulness with its interval."""
+    value, (low, high) = found["faithfulness"], map(read_number, found["interval"])
+    if value is None or math.isnan(value):
+        return "not defined (nothing is answered right)"
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def number_text(value: float | None) -> str:
+    """A number to two places."""
+    return NO_VALUE if value is None else signed(f"{value:.2f}")
+
+
+def signed(number: str) -> str:
+    """A number with a minus sign as in print."""
+    return number.replace("-", MINUS)
+
+
+def size(model: Mapping[str, Any]) -> int:
+    """Heads in a model's circuit."""
+    return sum(len(model["circuit"][group]) for group in GROUPS)
+
+
+def sizes_text(circuit: Mapping[str, Sequence[Any]]) -> str:
+    """Heads of each group: `2/2/2/4`."""
+    return "/".join(str(len(circuit[group])) for group in GROUPS)

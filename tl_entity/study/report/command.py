@@ -1,0 +1,70 @@
+"""The findings for a terminal, and the command that finds them again."""
+
+import shlex
+from typing import Any
+
+from tl_entity.study.report.cells import ratio_text, share_text, size, sizes_text
+from tl_entity.study.settings import GROUPS
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """The main findings, a line each, for a terminal."""
+    models, boxes = results["models"], results["settings"]["boxes"]
+    lines = []
+    for model in models.values():
+        lines.append(
+            f"{model['label']}: accuracy {share_text(model['accuracy'][str(boxes)])} "
+            f"on {boxes} boxes"
+        )
+        if model["no_circuit"] is not None:
+            lines.append(f"{model['label']}: no circuit was looked for; {model['no_circuit']}.")
+            continue
+        sizes = sizes_text(model["circuit"])
+        line = f"{model['label']}: circuit of {size(model)} heads ({sizes})"
+        if "faithfulness" in model:
+            control = model["faithfulness"]["random"]
+            beside = f", random circuits {control['mean']:.3f}" if control["accuracies"] else ""
+            line += f", faithfulness {ratio_text(model['faithfulness'])}{beside}"
+        lines.append(line)
+    lines += [f"{finding['question']} {finding['answer']}" for finding in results["verdict"]]
+    return lines
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The command line that does the same again, all settings written out."""
+    sizes = ",".join(str(settings["sizes"][group]) for group in GROUPS)
+    receivers = ",".join(
+        str(settings["receiver_sizes"].get(group, settings["sizes"][group]))
+        for group in GROUPS[:-1]
+    )
+    words = ["tl-entity", "reproduce", "--base", settings["base"]]
+    words += ["--tuned", settings["tuned"] or "none"]
+    if settings["control"] is not None:
+        words += ["--control", settings["control"]]
+    for role in ("base", "tuned", "control"):
+        if settings[f"{role}_adapter"] is not None:
+            words += [f"--{role}-adapter", settings[f"{role}_adapter"]]
+    words += ["--prompts", str(settings["prompts"])]
+    if settings["pairs"] is not None:
+        words += ["--pairs", str(settings["pairs"])]
+    words += ["--boxes", str(settings["boxes"])]
+    words += ["--sizes", sizes, "--receiver-sizes", receivers]
+    words += ["--random-circuits", str(settings["random_circuits"])]
+    words += ["--mask-pairs", str(settings["mask_pairs"])]
+    words += ["--sparsity", ",".join(map(str, settings["sparsities"]))]
+    words += ["--mask-seeds", str(settings["mask_seeds"]), "--draws", str(settings["draws"])]
+    if settings["only"] is not None:
+        words += ["--only", ",".join(settings["only"])]
+    words += ["--ceiling"] * settings.get("ceiling", False)
+    words += ["--all-pairs"] * settings["all_pairs"]
+    words += ["--seed", str(settings["seed"]), "--engine", settings["engine"]]
+    if settings["batch_size"] is not None:
+        words += ["--batch-size", str(settings["batch_size"])]
+    if settings["memory"] is not None:
+        words += ["--memory", f"{settings['memory']:g}"]
+    words += ["--dtype", settings["dtype"]]
+    words += ["--matmul-precision", settings["matmul_precision"]]
+    words += ["--no-png"] * (not settings["png"])
+    if settings["device"] is not None:
+        words += ["--device", settings["device"]]
+    return shlex.join([*words, "--out", "results"])
