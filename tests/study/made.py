@@ -14,7 +14,13 @@ from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, Discovery
 from tl_entity.methods.overlap import Overlap
 from tl_entity.methods.path_patching import HeadScores
 from tl_entity.stats import NO_INTERVAL, Chance, Interval
-from tl_entity.study.experiment_results import AccuracyByBoxes, Alone, CircuitsAlone, Transfer
+from tl_entity.study.experiment_results import (
+    AccuracyByBoxes,
+    Alone,
+    CarriedByCircuit,
+    CircuitsAlone,
+    Transfer,
+)
 from tl_entity.study.results import About, ModelFindings, Study
 from tl_entity.study.settings import GROUPS, Settings
 
@@ -35,11 +41,8 @@ def faithfulness(value: float, low: float, high: float) -> Faithfulness:
 
 def alone(found: Faithfulness, *, random: tuple[int, ...] = (0, 8), **others) -> CircuitsAlone:
     """The circuit's faithfulness, and how many prompts of 100 random circuits answer right."""
-    part = Alone(
-        "pooled", found, faithfulness(0.97, 0.93, 0.99), others, tuple(map(answered, random))
-    )
-    by_index = Alone("index", found, found, others, ())
-    return CircuitsAlone(part, by_index, ())
+    part = Alone(found, faithfulness(0.97, 0.93, 0.99), others, tuple(map(answered, random)))
+    return CircuitsAlone({"pooled": part, "index": Alone(found, found, others, ())}, ())
 
 
 def removal(name: str, difference: float, low: float, high: float) -> Removal:
@@ -117,7 +120,7 @@ def good_model(label: str = "base", **found) -> ModelFindings:
                 faithfulness(0.95, 0.9, 0.98), base=faithfulness(0.93, 0.9, 0.97)
             ),
             "completeness": completeness(removal("value_fetcher", -0.05, -0.11, 0.01)),
-            "information": {"own": carried(CARRIED)},
+            "information": CarriedByCircuit({"own": carried(CARRIED)}),
             **found,
         },
     )

@@ -28,7 +28,9 @@ def test_minimality_without_an_end_reaches_to_the_top_and_says_so():
         judged("value_fetcher", Head(1, 1), 2.0, 1.5, math.inf),
         judged("pos_detector", Head(0, 2), math.inf, 4.0, math.inf),
     )
-    both = MinimalityByAblation(minimality("pooled", *heads), minimality("index", *heads[:1]))
+    both = MinimalityByAblation(
+        {"pooled": minimality("pooled", *heads), "index": minimality("index", *heads[:1])}
+    )
     found = study(model(minimality=both))
     ends, says = {}, []
     for trace in mechanism_figures(found)["base_minimality"].data:
@@ -47,7 +49,7 @@ def test_minimality_is_one_drawing_wherever_it_is_shown():
     """The study's is the result's own, with letters for the groups."""
     heads = (judged("value_fetcher", Head(1, 0), 0.5, 0.2, 3.0),)
     one = minimality("pooled", *heads)
-    shown = mechanism_figures(study(model(minimality=MinimalityByAblation(one, one))))
+    shown = mechanism_figures(study(model(minimality=MinimalityByAblation({"index": one}))))
     study_own, own = shown["base_minimality"].data, one.plot().data
     assert [trace.name for trace in study_own] == ["A value_fetcher"]
     assert [trace.name for trace in own] == ["value_fetcher"]

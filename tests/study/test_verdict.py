@@ -20,6 +20,7 @@ from tests.study.made import (
     removal,
     study,
 )
+from tl_entity.study.experiment_results import CarriedByCircuit
 from tl_entity.study.settings import GROUPS
 from tl_entity.study.verdict import headline, verdict
 from tl_entity.study.verdict_rules import (
@@ -183,7 +184,7 @@ def test_a_circuit_that_differs_once_heads_are_removed_is_a_part():
 
 
 def with_carried(kinds, **entries):
-    return good_model("tuned", information={"own": carried(kinds, **entries)})
+    return good_model("tuned", information=CarriedByCircuit({"own": carried(kinds, **entries)}))
 
 
 def test_other_information_is_another_function():

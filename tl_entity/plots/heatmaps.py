@@ -226,6 +226,37 @@ def _add_panel(
         ),
         **place,
     )
+    _add_unreachable(figure, panel, place)
+    _add_marks(figure, panel, place)
+    # Seen in the gaps between cells, as a grid.
+    figure.update_layout(plot_bgcolor="#e4e7eb")
+    figure.update_xaxes(
+        title_text="head",
+        title_standoff=4,
+        range=[-0.5, heads - 0.5],
+        dtick=_tick_step(heads),
+        constrain="domain",
+        showline=True,
+        mirror=True,
+        linecolor=UNREACHABLE,
+        **place,
+    )
+    figure.update_yaxes(
+        title_text="layer",
+        title_standoff=4,
+        range=[-0.5, layers - 0.5],
+        dtick=_tick_step(layers),
+        showgrid=False,
+        showline=True,
+        mirror=True,
+        linecolor=UNREACHABLE,
+        **place,
+    )
+
+
+def _add_unreachable(figure: go.Figure, panel: HeadMap, place: dict[str, Any]) -> None:
+    """Hatches over the layers that cannot reach the receivers."""
+    layers, heads = panel.scores.shape
     if panel.top_layer is not None and panel.top_layer < layers:
         low, high = panel.top_layer - 0.5, layers - 0.5
         figure.add_trace(
@@ -249,6 +280,11 @@ def _add_panel(
             ),
             **place,
         )
+
+
+def _add_marks(figure: go.Figure, panel: HeadMap, place: dict[str, Any]) -> None:
+    """Outlines of the heads chosen, dots on those known."""
+    heads = panel.scores.shape[1]
     for name, some, dash in (
         ("chosen", panel.chosen, "solid"),
         ("chosen, in another group", panel.elsewhere, "dot"),
@@ -275,30 +311,6 @@ def _add_panel(
             ),
             **place,
         )
-    # Seen in the gaps between cells, as a grid.
-    figure.update_layout(plot_bgcolor="#e4e7eb")
-    figure.update_xaxes(
-        title_text="head",
-        title_standoff=4,
-        range=[-0.5, heads - 0.5],
-        dtick=_tick_step(heads),
-        constrain="domain",
-        showline=True,
-        mirror=True,
-        linecolor=UNREACHABLE,
-        **place,
-    )
-    figure.update_yaxes(
-        title_text="layer",
-        title_standoff=4,
-        range=[-0.5, layers - 0.5],
-        dtick=_tick_step(layers),
-        showgrid=False,
-        showline=True,
-        mirror=True,
-        linecolor=UNREACHABLE,
-        **place,
-    )
 
 
 def _outlines(heads: Sequence[Head], line: dict[str, Any], name: str) -> go.Scatter:

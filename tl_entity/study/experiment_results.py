@@ -1,8 +1,8 @@
 """Results of single experiments of a study: the methods' own, side by side."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from jaxtyping import Int
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from tl_entity._typing import checked
 from tl_entity.heads import Circuit, Group
 from tl_entity.hooks.ablations import AblationKind
+from tl_entity.methods.activation_patching import CarriedInformation
 from tl_entity.methods.attention import AttentionSummary
 from tl_entity.methods.circuits import Evaluation, Faithfulness
 from tl_entity.methods.cmap import CrossModelPatching
@@ -22,29 +23,48 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+class ByName(Result):
+    """Several results of one class, by what `COLUMN` says. A class of this kind has one field."""
+
+    COLUMN: ClassVar[str]
+
+    @property
+    def _each(self) -> dict[Any, Result]:
+        (held,) = (getattr(self, field.name) for field in fields(cast(Any, self)))
+        return held
+
+    def __str__(self) -> str:
+        return "; ".join(f"{self.COLUMN} {name}: {found}" for name, found in self._each.items())
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """What each result says of itself, with a column for its name."""
+        import pandas as pd
+
+        each = self._each.items()
+        frames = [self._frame(found).assign(**{self.COLUMN: name}) for name, found in each]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    def to_json(self) -> dict[str, Any]:
+        """Each result by its name."""
+        return plain(self._each)
+
+    @staticmethod
+    def _frame(found: Result) -> "pd.DataFrame":
+        """The rows of one result: an evaluation's are its sum, and not its prompts."""
+        return found.table() if isinstance(found, Evaluation) else found.to_dataframe()
+
+
 @dataclass(frozen=True)
-class AccuracyByBoxes(Result):
+class AccuracyByBoxes(ByName):
     """How a model answers prompts of two boxes and more.
 
     Attributes:
         evaluations: by number of boxes, the fewest first.
     """
 
+    COLUMN = "boxes"
+
     evaluations: Mapping[int, Evaluation]
-
-    def __str__(self) -> str:
-        return "; ".join(f"{n} boxes: {found}" for n, found in self.evaluations.items())
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """One row a number of boxes: counts, accuracy, its interval."""
-        import pandas as pd
-
-        rows = [found.table().assign(boxes=n) for n, found in self.evaluations.items()]
-        return pd.concat(rows, ignore_index=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """The accuracy by number of boxes."""
-        return plain(self.evaluations)
 
 
 @checked
@@ -85,14 +105,12 @@ class Alone:
     """What circuits keep of a model's accuracy under one ablation of all else.
 
     Attributes:
-        ablation: the kind of ablation.
         circuit: the model's own circuit.
         every_head: every head at the circuit's positions.
         others: circuits found in other models, by their role.
         random: random circuits of the same sizes.
     """
 
-    ablation: AblationKind
     circuit: Faithfulness
     every_head: Faithfulness
     others: Mapping[str, Faithfulness]
@@ -130,24 +148,23 @@ class Alone:
 
 @dataclass(frozen=True)
 class CircuitsAlone(Result):
-    """What circuits keep of a model's accuracy, under the ablation asked for and the paper's.
+    """What circuits keep of a model's accuracy.
 
     Attributes:
-        asked: under the ablation asked for.
-        by_index: under the paper's, by token index.
+        found: by the kind of ablation; that asked for first, the paper's, "index", last.
         random_circuits: the random circuits, the same under both.
     """
 
-    asked: Alone
-    by_index: Alone
+    found: Mapping[AblationKind, Alone]
     random_circuits: tuple[Circuit, ...]
 
-    def __str__(self) -> str:
-        return f"{self.asked.circuit} ({self.asked.ablation} ablation)"
+    @property
+    def asked(self) -> Alone:
+        """Under the ablation asked for."""
+        return next(iter(self.found.values()))
 
-    def by_ablation(self) -> dict[AblationKind, Alone]:
-        """Both, or the one if the paper's was asked for."""
-        return {self.asked.ablation: self.asked, self.by_index.ablation: self.by_index}
+    def __str__(self) -> str:
+        return f"{self.asked.circuit} ({next(iter(self.found))} ablation)"
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for the whole model, and for each ablation and what is kept: counts, accuracy,
@@ -156,7 +173,7 @@ class CircuitsAlone(Result):
 
         whole = {"ablation": "none", "kept": "everything"}
         rows = [self.asked.circuit.of_model.table().assign(**whole)]
-        for ablation, alone in self.by_ablation().items():
+        for ablation, alone in self.found.items():
             for kept, found in alone.kept.items():
                 low, high = found.interval
                 share = {"faithfulness": found.value, "faithfulness_low": low}
@@ -166,63 +183,59 @@ class CircuitsAlone(Result):
 
     def to_json(self) -> dict[str, Any]:
         """What is found under the ablation asked for, and under the paper's as "by_index"."""
-        asked, by_index = self.asked.to_json(), self.by_index.to_json()
-        for part in (asked, by_index):
+        parts = {kind: alone.to_json() for kind, alone in self.found.items()}
+        for part in parts.values():
             part["random"]["circuits"] = plain(self.random_circuits)
-        return {**asked, "ablation": self.asked.ablation, "by_index": by_index}
+        asked = next(iter(parts))
+        return {**parts[asked], "ablation": asked, "by_index": parts["index"]}
 
 
 @dataclass(frozen=True)
-class MinimalityByAblation(Result):
-    """Which heads a circuit needs, under the ablation asked for and the paper's.
+class MinimalityByAblation(ByName):
+    """Which heads a circuit needs.
 
     Attributes:
-        asked: under the ablation asked for.
-        by_index: under the paper's, by token index.
+        found: by the kind of ablation; that asked for first, the paper's, "index", last.
     """
 
-    asked: Minimality
-    by_index: Minimality
+    COLUMN = "ablation"
 
-    def __str__(self) -> str:
-        return f"{self.asked} ({self.asked.ablation} ablation)"
+    found: Mapping[AblationKind, Minimality]
 
-    def to_dataframe(self) -> "pd.DataFrame":
-        """The rows of each ablation."""
-        import pandas as pd
-
-        each = {found.ablation: found for found in (self.asked, self.by_index)}
-        frames = [found.to_dataframe().assign(ablation=kind) for kind, found in each.items()]
-        return pd.concat(frames, ignore_index=True)
+    @property
+    def asked(self) -> Minimality:
+        """Under the ablation asked for."""
+        return next(iter(self.found.values()))
 
     def to_json(self) -> dict[str, Any]:
         """What is found under the ablation asked for, and under the paper's as "by_index"."""
-        return {**self.asked.to_json(), "by_index": self.by_index.to_json()}
+        return {**self.asked.to_json(), "by_index": self.found["index"].to_json()}
 
 
 @dataclass(frozen=True)
-class CircuitAttention(Result):
+class CircuitAttention(ByName):
     """What the heads of each group of a circuit attend to.
 
     Attributes:
         groups: by group.
     """
 
+    COLUMN = "group"
+
     groups: Mapping[str, AttentionSummary]
 
-    def __str__(self) -> str:
-        return "; ".join(f"{group} {seen}" for group, seen in self.groups.items())
 
-    def to_dataframe(self) -> "pd.DataFrame":
-        """One row a head, as for its group alone."""
-        import pandas as pd
+@dataclass(frozen=True)
+class CarriedByCircuit(ByName):
+    """What patching heads that DCM selected brings.
 
-        frames = [seen.to_dataframe().assign(group=g) for g, seen in self.groups.items()]
-        return pd.concat(frames, ignore_index=True)
+    Attributes:
+        found: by the circuit whose heads they are: "own", or the role of another model.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        """Each group's."""
-        return plain(self.groups)
+    COLUMN = "heads_of"
+
+    found: Mapping[str, CarriedInformation]
 
 
 @dataclass(frozen=True)

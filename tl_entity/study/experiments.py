@@ -148,15 +148,21 @@ class Bench:
         few = (self.model.cfg.n_params or SMALL_MODEL) < SMALL_MODEL
         return self.settings.batch_size or (SMALL_MODEL_BATCH if few else BATCH_SIZE)
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """How methods other than path patching are run."""
+        s = self.settings
+        return {"engine": s.engine, "batch_size": self.batch_size, "memory": s.memory_bytes}
+
+    @property
+    def tested_on(self) -> dict[str, Any]:
+        """What decides the prompts of `test_prompts`, for the inputs of a step."""
+        s = self.settings
+        return {"prompts": s.prompts, "boxes": s.boxes, "test": self.seed("faithfulness")}
+
     def evaluate(self, prompts: PromptBatch) -> Evaluation:
         """The model's answers."""
-        return evaluate(
-            self.model,
-            prompts,
-            engine=self.settings.engine,
-            batch_size=self.batch_size,
-            memory=self.settings.memory_bytes,
-        )
+        return evaluate(self.model, prompts, **self.how)
 
 
 def measure_accuracy(bench: Bench) -> AccuracyByBoxes:
@@ -350,32 +356,29 @@ def measure_faithfulness(
             prompts,
             alone,
             ablation=bench.ablation(kind),
-            engine=s.engine,
-            batch_size=bench.batch_size,
-            memory=s.memory_bytes,
             progress=done,
+            **bench.how,
         )
         n_others = 2 + len(others)
         own, every_head, *theirs = (Faithfulness.of(one, whole) for one in found[:n_others])
         of_others = dict(zip(others, theirs, strict=True))
-        return Alone(kind, own, every_head, of_others, tuple(found[n_others:]))
+        return Alone(own, every_head, of_others, tuple(found[n_others:]))
 
     def compute() -> CircuitsAlone:
         runs = (1 + len(kinds) * len(alone)) * len(prompts)
         with bench.progress(f"{bench.role}: faithfulness", runs) as done:
             whole = bench.evaluate(prompts)
             done(len(prompts))
-            found = {kind: under(kind, whole, done) for kind in kinds}
-        return CircuitsAlone(found[s.ablation], found["index"], tuple(drawn))
+            found: dict[AblationKind, Alone] = {kind: under(kind, whole, done) for kind in kinds}
+        return CircuitsAlone(found, tuple(drawn))
 
-    asked = {"prompts": s.prompts, "boxes": s.boxes, "seeds": seeds, "ablation": s.ablation}
+    asked = {**bench.tested_on, "seeds": seeds, "ablation": s.ablation}
     of_circuits = {"circuit": circuit, "others": others, "random": s.random_circuits}
     return bench.step("faithfulness", FAITHFULNESS, {**asked, **of_circuits}, compute)
 
 
 def look_at_attention(bench: Bench, circuit: Circuit) -> CircuitAttention:
     """What each head of each group attends to, on prompts that discovery has not seen."""
-    s = bench.settings
     prompts = bench.test_prompts()
 
     def compute() -> CircuitAttention:
@@ -392,5 +395,4 @@ def look_at_attention(bench: Bench, circuit: Circuit) -> CircuitAttention:
                 done(len(prompts))
         return CircuitAttention(found)
 
-    asked = {"prompts": s.prompts, "boxes": s.boxes, "seed": bench.seeds["faithfulness"]}
-    return bench.step("attention", ATTENTION, {**asked, "circuit": circuit}, compute)
+    return bench.step("attention", ATTENTION, {**bench.tested_on, "circuit": circuit}, compute)

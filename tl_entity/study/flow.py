@@ -19,7 +19,6 @@ CONTROL_DRAWS = 3
 
 def knock_out_flow(bench: Bench) -> KnockoutCurves:
     """Accuracy by first knocked-out layer for each pair of tokens, with the random control."""
-    s = bench.settings
     prompts = bench.test_prompts()
     seed = bench.seed("knockout")
 
@@ -34,21 +33,12 @@ def knock_out_flow(bench: Bench) -> KnockoutCurves:
                     to_position=to_position,
                     random_draws=CONTROL_DRAWS,
                     seed=seed,
-                    engine=s.engine,
-                    batch_size=bench.batch_size,
-                    memory=s.memory_bytes,
                     progress=done,
+                    **bench.how,
                 )
                 for from_position, to_position in KNOCKOUTS
             ]
         return KnockoutCurves(tuple(curves))
 
-    asked = {
-        "prompts": s.prompts,
-        "boxes": s.boxes,
-        "test": bench.seeds["faithfulness"],
-        "seed": seed,
-        "pairs": KNOCKOUTS,
-        "engine": s.engine,
-    }
+    asked = {**bench.tested_on, "seed": seed, "pairs": KNOCKOUTS, "draws": CONTROL_DRAWS}
     return bench.step("knockout", KNOCKOUT, asked, compute)

@@ -1,6 +1,7 @@
 """What each group of heads carries: DCM on its heads, then patching those that DCM selected."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group
@@ -56,6 +57,8 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> GroupMasks:
         for kind in kinds
     }
 
+    how: dict[str, Any] = {**bench.how, "batch_size": MASK_BATCH}
+
     def learn(kind: str, group: Group, count: Callable[[MaskStep], object]) -> list[GroupMask]:
         runs = learn_masks(
             bench.model,
@@ -64,10 +67,8 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> GroupMasks:
             position=group.position,
             seeds=seeds[kind],
             sparsities=s.sparsities,
-            engine=s.engine,
-            batch_size=MASK_BATCH,
-            memory=s.memory_bytes,
             progress=count,
+            **how,
         ).runs
         best = max(runs, key=_worth)
         return [GroupMask(group.name, kind, run is best, run) for run in runs]
@@ -90,7 +91,6 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> GroupMasks:
         "boxes": s.boxes,
         "seeds": seeds,
         "sparsities": s.sparsities,
-        "engine": s.engine,
     }
     return bench.step("dcm", DCM, asked, compute)
 
@@ -120,19 +120,11 @@ def patch_what_groups_carry(
                 draws,
                 chosen,
                 seeds=seeds,
-                engine=s.engine,
-                batch_size=bench.batch_size,
-                memory=s.memory_bytes,
                 progress=done,
+                **bench.how,
             )
 
-    asked = {
-        "heads": chosen,
-        "prompts": s.prompts,
-        "boxes": s.boxes,
-        "seeds": seeds,
-        "engine": s.engine,
-    }
+    asked = {"heads": chosen, "prompts": s.prompts, "boxes": s.boxes, "seeds": seeds}
     return bench.step(f"activation_patching_{of}_heads", CARRIED, asked, compute)
 
 

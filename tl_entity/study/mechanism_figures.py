@@ -54,7 +54,7 @@ def main_information(model: ModelFindings, heads: str = "own") -> dict[str, str]
     lies above those of every other kind, and above that of the run with nothing patched."""
     entries = {
         (entry.group, entry.desideratum): entry.interval
-        for entry in (model.information[heads].entries if model.information else ())
+        for entry in (model.information.found[heads].entries if model.information else ())
         if entry.desideratum in MAIN_DESIDERATA
     }
     found: dict[str, str] = {}
@@ -78,7 +78,7 @@ def _of_model(model: ModelFindings) -> dict[str, go.Figure]:
         figures["circuit"] = model.discovery.diagram(
             *_example(), title=f"{label}: the circuit", label=group_words, carried=carried
         )
-    for heads, found in (model.information or {}).items():
+    for heads, found in (model.information.found if model.information else {}).items():
         whose = "its own heads" if heads == "own" else f"the {heads} model's heads"
         figures[f"carries_{heads}_heads"] = found.plot(
             title=f"{label}: answers with the target, {whose} patched",

@@ -34,10 +34,8 @@ def measure_completeness(bench: Bench, circuit: Circuit) -> Completeness:
                 ablation=bench.ablation(bench.settings.ablation),
                 seed=seed,
                 n_random=n_random,
-                engine=bench.settings.engine,
-                batch_size=bench.batch_size,
-                memory=bench.settings.memory_bytes,
                 progress=done,
+                **bench.how,
             )
 
     asked = {**_tested_on(bench, circuit), "seed": seed, "random": RANDOM_PARTS}
@@ -72,27 +70,18 @@ def measure_minimality(bench: Bench, circuit: Circuit) -> MinimalityByAblation:
                     circuit,
                     ablation=bench.ablation(kind),
                     seed=seed,
-                    engine=bench.settings.engine,
-                    batch_size=bench.batch_size,
-                    memory=bench.settings.memory_bytes,
                     progress=count,
+                    **bench.how,
                 )
 
-            found = {kind: under(kind) for kind in kinds}
+            found: dict[AblationKind, Minimality] = {kind: under(kind) for kind in kinds}
             done(most - shown)
-        return MinimalityByAblation(found[bench.settings.ablation], found["index"])
+        return MinimalityByAblation(found)
 
     asked = {**_tested_on(bench, circuit), "seed": seed}
     return bench.step("minimality", MINIMALITY, asked, compute)
 
 
 def _tested_on(bench: Bench, circuit: Circuit) -> Record:
-    s = bench.settings
-    return {
-        "circuit": circuit,
-        "prompts": s.prompts,
-        "boxes": s.boxes,
-        "test": bench.seed("faithfulness"),
-        "ablation": [s.ablation, bench.seed("ablation")],
-        "engine": s.engine,
-    }
+    ablation = [bench.settings.ablation, bench.seed("ablation")]
+    return {**bench.tested_on, "circuit": circuit, "ablation": ablation}

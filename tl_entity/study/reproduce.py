@@ -20,7 +20,7 @@ from tl_entity.output import check_writable, sole_worker
 from tl_entity.plots.render import PngRenderer, plotly_script
 from tl_entity.ranks import from_first, is_first, n_ranks
 from tl_entity.results import pack
-from tl_entity.study.experiment_results import Transfer
+from tl_entity.study.experiment_results import CarriedByCircuit, Transfer
 from tl_entity.study.experiments import (
     Bench,
     Progress,
@@ -290,7 +290,7 @@ def _experiments(
         for role, other in others.items():
             if other.dcm is not None:
                 carried[role] = patch_what_groups_carry(bench, other.circuit, other.dcm, role)
-        found["information"] = carried
+        found["information"] = CarriedByCircuit(carried)
     if wants("knockout"):
         found["knockout"] = knock_out_flow(bench)
     return found

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from tl_entity.heads import Circuit
-from tl_entity.methods.activation_patching import CarriedInformation
 from tl_entity.methods.circuits import recall_by_group
 from tl_entity.methods.compare import Comparison
 from tl_entity.methods.completeness import Completeness
@@ -14,6 +13,7 @@ from tl_entity.methods.knockout import KnockoutCurves
 from tl_entity.results import Result, plain
 from tl_entity.study.experiment_results import (
     AccuracyByBoxes,
+    CarriedByCircuit,
     CircuitAttention,
     CircuitsAlone,
     GroupMasks,
@@ -86,7 +86,7 @@ class ModelFindings(Result):
         minimality: which of its heads are needed.
         attention: what they attend to.
         dcm: which of them carry what information, by masks.
-        information: what patching those brings, by whose circuit they are of: "own", or a role.
+        information: what patching those brings.
         knockout: where information passes from token to token.
         planted: the circuit that was planted in the model.
     """
@@ -101,7 +101,7 @@ class ModelFindings(Result):
     minimality: MinimalityByAblation | None = None
     attention: CircuitAttention | None = None
     dcm: GroupMasks | None = None
-    information: Mapping[str, CarriedInformation] | None = None
+    information: CarriedByCircuit | None = None
     knockout: KnockoutCurves | None = None
     planted: Circuit | None = None
 

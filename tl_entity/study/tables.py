@@ -99,12 +99,11 @@ def scores_by_ablation(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping
 
 def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:
     """The data frames of one model's results, by the table they go into."""
-    import pandas as pd
-
     results: dict[str, Result | None] = {
         "accuracy": model.accuracy,
         "faithfulness": model.faithfulness,
         "masks": model.dcm,
+        "carries": model.information,
         "minimality": model.minimality,
     }
     frames = {name: found.to_dataframe() for name, found in results.items() if found is not None}
@@ -113,12 +112,6 @@ def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:
         frames["completeness"] = rows.replace({"removed": {"": "nothing"}})
     if model.discovery is not None:
         frames["circuits"] = model.discovery.table(None)
-    if model.information:
-        carried = [
-            found.to_dataframe().assign(heads_of=heads)
-            for heads, found in model.information.items()
-        ]
-        frames["carries"] = pd.concat(carried, ignore_index=True)
     if model.knockout is not None:
         # The whole model, in a row without a layer, is among the accuracies.
         frames["knockout"] = model.knockout.to_dataframe().dropna(subset="first_layer")

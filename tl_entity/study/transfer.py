@@ -35,7 +35,6 @@ def patch_from_other(
         patches: what is patched.
         name: of the step.
     """
-    s = bench.settings
     prompts = bench.test_prompts()
 
     def compute() -> CrossModelPatching:
@@ -47,21 +46,12 @@ def patch_from_other(
                 prompts,
                 circuit,
                 patches=patches,
-                engine=s.engine,
-                batch_size=bench.batch_size,
-                memory=s.memory_bytes,
                 progress=done,
+                **bench.how,
             )
 
-    asked = {
-        "prompts": s.prompts,
-        "boxes": s.boxes,
-        "test": bench.seeds["faithfulness"],
-        "from": fingerprint,
-        "circuit": circuit,
-        "patches": list(patches),
-        "engine": s.engine,
-    }
+    of_other = {"from": fingerprint, "circuit": circuit, "patches": list(patches)}
+    asked = {**bench.tested_on, **of_other}
     return Transfer(bench.role, source, bench.step(f"{name}_from_{source}", CMAP, asked, compute))
 
 

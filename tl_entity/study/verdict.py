@@ -157,7 +157,7 @@ def _entries(model: ModelFindings, group: str) -> dict[str, Carried]:
     """What patching a group's own heads brings, by kind of information, most often first."""
     entries = [
         entry
-        for entry in (model.information["own"].entries if model.information else ())
+        for entry in (model.information.found["own"].entries if model.information else ())
         if entry.group == group and entry.desideratum in MAIN_DESIDERATA
     ]
     entries.sort(key=lambda entry: -entry.accuracy)
