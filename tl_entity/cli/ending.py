@@ -117,7 +117,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     said = str(error).lower()
     # CUDA's is a RuntimeError of its own; the CPU's is a plain one; libraries may not fit either.
-    return isinstance(error, RuntimeError | ImportError) and any(words in said for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError | ImportError) and any(
+        words in said for words in _OUT_OF_MEMORY
+    )
 
 
 def _where_traceback(error: BaseException, out: Path | None) -> str:
