@@ -1,5 +1,6 @@
 """GGUF files give the numbers of the model that was written to them."""
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,36 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_folder_whose_file_is_not_named(tmp_path: Path) -> None:
     write_gguf(llama(), tmp_path / "m.gguf")
     refused(tmp_path, "gguf_file=")
+
+
+def header_with(value: bytes, *, n_values: int = 1) -> bytes:
+    """A file whose only value is called `a`."""
+    counts = struct.pack("<IQQ", 3, 0, n_values)
+    return b"GGUF" + counts + struct.pack("<Q", 1) + b"a" + value
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        # A list of bytes, a list of empty texts, and lists in lists: more than is ever meant.
+        (header_with(struct.pack("<IIQ", 9, 0, 3 << 20) + bytes(3 << 20)), "more than"),
+        (header_with(struct.pack("<IIQ", 9, 8, 3 << 20) + bytes(24 << 20)), "more than"),
+        (header_with(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10**5), "too deep"),
+        (header_with(b"", n_values=10**9), "more than"),
+    ],
+)
+def test_headers_that_would_take_minutes_are_refused(tmp_path, content, words):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_model(file)
+
+
+def test_lists_of_numbers_are_read_whole(tmp_path):
+    from tl_entity.models.gguf_file import _read_header
+
+    numbers = {0: ("B", [0, 255]), 5: ("i", [-7, 2**31 - 1]), 12: ("d", [1e300, -0.5])}
+    for kind, (code, values) in numbers.items():
+        packed = struct.pack("<IIQ", 9, kind, len(values)) + struct.pack(f"<2{code}", *values)
+        (tmp_path / "model.gguf").write_bytes(header_with(packed))
+        assert _read_header(tmp_path / "model.gguf").values == {"a": values}

@@ -1,10 +1,12 @@
 """The entity-tracking task: which object is in the queried box (Prakash et al. 2024, §2)."""
 
+import gc
 import json
 import random
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,6 +180,30 @@ def load_prompts(
     """
     path = Path(path)
     lines = read_text(path, what="file of prompts").split("\n")
+    with _no_collection():
+        return _read_prompts(path, lines, tokenizer, limit, progress)
+
+
+@contextmanager
+def _no_collection() -> Generator[None, None, None]:
+    """Among hundreds of thousands of small objects, all in use, looking for garbage again and again
+    would take a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_prompts(
+    path: Path,
+    lines: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    progress: Callable[[int], object],
+) -> PromptBatch:
     numbers: list[int] = []
     texts: list[MarkedText] = []
     for number, line in enumerate(lines, start=1):
@@ -239,10 +265,8 @@ def _marked(text: str, label_stands_in: int | None) -> MarkedText:
     query = _QUERY.search(text)
     if query is None:
         raise InputError(f"{text!r:.120} does not end with a question 'Box Q contains the bell.'.")
-    segments = [
-        (match.span(_OBJECT), match.span(_LABEL))
-        for match in _SEGMENT.finditer(text[: query.start()])
-    ]
+    matches = list(_SEGMENT.finditer(text, 0, query.start()))
+    segments = [(match.span(_OBJECT), match.span(_LABEL)) for match in matches]
     queried, given = query[_QUERIED], query[_ANSWER]
     asked = [i for i, (_, label) in enumerate(segments) if _at(text, label) == queried]
     if not asked and label_stands_in is not None:
@@ -266,7 +290,7 @@ def _marked(text: str, label_stands_in: int | None) -> MarkedText:
             "correct_object": correct_object,
         },
         answer=answer,
-        roles=_box_roles(prompt),
+        roles=_box_roles(prompt, matches, query),
         knowing=KNOWING,
     )
 
@@ -283,16 +307,18 @@ def box_roles(text: str) -> tuple[tuple[str, Span], ...]:
     Raises:
         InputError: if the text does not end with a question.
     """
-    return _box_roles(text)
-
-
-def _box_roles(text: str) -> tuple[tuple[str, Span], ...]:
     query = _QUERY.search(text)
     if query is None:
         raise InputError(f"{text!r:.120} does not end with a question 'Box Q contains the'.")
+    return _box_roles(text, _SEGMENT.finditer(text, 0, query.start()), query)
+
+
+def _box_roles(
+    text: str, segments: Iterable[re.Match[str]], query: re.Match[str]
+) -> tuple[tuple[str, Span], ...]:
     roles: list[tuple[str, Span]] = []
     end, words, signs = 0, "before", "before"
-    for segment in _SEGMENT.finditer(text[: query.start()]):
+    for segment in segments:
         roles += _roles_between(text, (end, segment.start()), words, signs)
         roles += _roles_of_words(segment, SEGMENT_ROLES)
         end, words, signs = segment.end(), "between", "comma"
