@@ -93,6 +93,7 @@ JOBS: dict[str, Job] = {
     "k at place": PathPatching("place", RECEIVERS, "k"),
     "v at the first token": PathPatching("early", RECEIVERS, "v"),
     "v in batches": PathPatching("early", RECEIVERS, "v", batch_size=3),
+    "q and v": PathPatching("place", {"q": RECEIVERS[:2], "v": RECEIVERS[1:]}),
     "of a logit": PathPatching("place", RECEIVERS, "v", metric=TARGET_LOGIT),
     "MLPs": PathPatching("last", senders="mlps"),
     "MLPs into q": PathPatching("place", RECEIVERS, "q", senders="mlps"),

@@ -291,6 +291,14 @@ class MLPScores(ScoreMap):
             about=f"MLPs, {_path(self)}",
         )
 
+    def found(self, n: int) -> tuple[int, ...]:
+        """Those of the `n` most important layers whose 95 % interval lies below zero; of a single
+        pair, which has no interval, those whose score does."""
+        scores = self.scores.double().cpu().numpy()
+        high = scores if self.per_example.shape[-1] < 2 else self.intervals[:, 1]
+        order = sorted(range(len(scores)), key=lambda layer: (scores[layer], layer))
+        return tuple(layer for layer in order[:n] if high[layer] < 0)
+
 
 @checked
 def path_patch(

@@ -1,7 +1,7 @@
 """What can be planned: the methods of the house, each called as it is called for real."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,15 +83,16 @@ class PathPatching(Job):
 
     Attributes:
         position: where senders and receivers are.
-        receivers: heads whose input is patched; None for the logits.
-        receiver_input: q, k or v of these; None for the logits.
+        receivers: heads whose input is patched, or heads by which of their inputs are patched
+            together; None for the logits.
+        receiver_input: q, k or v of the heads; None for the logits or of heads by input.
         senders: every head, or every layer's MLP.
         metric: how runs are scored.
         batch_size: pairs run together; what the engine would choose if left out.
     """
 
     position: str
-    receivers: tuple[Head, ...] | None = None
+    receivers: tuple[Head, ...] | Mapping[HeadInput, tuple[Head, ...]] | None = None
     receiver_input: HeadInput | None = None
     senders: Senders = "heads"
     metric: Metric = RELATIVE_PROBABILITY
@@ -113,8 +114,12 @@ class PathPatching(Job):
     def plain(self, stand: Stand, pairs: PairBatch) -> tuple[int, int]:
         cfg = stand.model.cfg
         top = cfg.n_layers
+        if isinstance(self.receivers, Mapping):
+            heads = [head for some in self.receivers.values() for head in some]
+        else:
+            heads = list(self.receivers or ())
         if self.receivers is not None:
-            top = max((head.layer for head in self.receivers), default=0)
+            top = max((head.layer for head in heads), default=0)
         elif not any_at_answer(pairs, self.position):
             top = 0
         senders = top * (cfg.n_heads if self.senders == "heads" else 1)

@@ -14,7 +14,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.exact.memory import memory_budget
 from tl_entity.heads import Head, HeadsAt
-from tl_entity.hooks.points import n_kv_heads
+from tl_entity.hooks.points import HeadInput, n_kv_heads
 from tl_entity.methods.circuits import BATCH_SIZE
 from tl_entity.methods.cmap import PATCHES
 from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, Stage
@@ -342,16 +342,20 @@ def entity_tracking_jobs(
     for stage in stages:
         if stage.group not in sizes:
             raise InputError(f"Say how many heads the group {stage.group} has.")
-        if stage.into is None:
-            jobs[f"path patching, {stage.group}"] = PathPatching(stage.position)
-            continue
-        if stage.into not in receivers:
-            raise InputError(f"Say how many heads of {stage.into} are patched into.")
-        known = receivers[stage.into]
-        heads = spread_heads(cfg, known) if isinstance(known, int) else tuple(known)
-        jobs[f"path patching, {stage.group}"] = PathPatching(
-            stage.position, heads, stage.receiver_input
-        )
+        by_input: dict[HeadInput, tuple[Head, ...]] = {}
+        for group, which in stage.into_inputs:
+            if group not in receivers:
+                raise InputError(f"Say how many heads of {group} are patched into.")
+            known = receivers[group]
+            heads = spread_heads(cfg, known) if isinstance(known, int) else tuple(known)
+            by_input[which] = tuple(dict.fromkeys((*by_input.get(which, ()), *heads)))
+        senders = "mlps" if stage.mlps else "heads"
+        if len(by_input) <= 1:
+            which, heads = next(iter(by_input.items()), (None, None))
+            job = PathPatching(stage.position, heads, which, senders)
+        else:
+            job = PathPatching(stage.position, by_input, senders=senders)
+        jobs[f"path patching, {stage.group}"] = job
     generator = np.random.default_rng(0)
     drawn = tuple(_random_heads(cfg, sizes, stages, generator) for _ in range(max(1, circuits)))
     jobs[f"{circuits} circuits"] = CircuitEvaluation(drawn[:circuits], batch_size)
