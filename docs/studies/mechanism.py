@@ -33,10 +33,13 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--circuit", type=Path)
     parser.add_argument("--prompts", type=int, default=240)
+    parser.add_argument("--others", type=int, default=100, help="prompts for the ablation")
     parser.add_argument("--boxes", type=int, default=7)
     parser.add_argument("--target", type=float, default=0.85)
     parser.add_argument("--agreement", type=float, default=0.8)
     parser.add_argument("--training", type=json.loads, default={}, help="fields of GateTraining")
+    parser.add_argument("--curve", type=float, nargs="*", default=[0.5, 2.0])
+    parser.add_argument("--random", type=int, default=1)
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--save", type=Path, help="keep the whole result in this file")
     parser.add_argument("--out", type=Path, required=True)
@@ -44,7 +47,7 @@ def main() -> None:
     model = load_model(options.model, adapter=options.adapter)
     tokenizer, boxes, seed = model.tokenizer, options.boxes, options.seed
     prompts = box_prompts(tokenizer, options.prompts, n_boxes=boxes, seed=seed)
-    others = discovery_pairs(tokenizer, 100, n_boxes=boxes, seed=seed + 1).corrupt
+    others = discovery_pairs(tokenizer, options.others, n_boxes=boxes, seed=seed + 1).corrupt
     began, used = time.perf_counter(), time.process_time()
     found = find_mechanism(
         model,
@@ -54,6 +57,8 @@ def main() -> None:
         agreement=options.agreement,
         circuit=None if options.circuit is None else Circuit.load(options.circuit),
         training=GateTraining(**options.training),
+        curve=options.curve,
+        n_random=options.random,
         seed=seed,
         batch_size=8,
         progress=show,

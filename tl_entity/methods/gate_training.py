@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,11 +19,11 @@ SCORED_AT = (0.25, 0.5, 0.75, 1.0)
 """Values of all gates at which the gradient is taken for the scores."""
 
 STEEPNESS = 3.0
-"""How much the price of a gate bends. The first part of a gate costs most, so that gates end at 0
-or 1 and rounding changes little."""
+"""How much the price of a gate bends in the end. The first part of a gate costs most, so that gates
+end at 0 or 1 and rounding changes little."""
 
-UNHURRIED = 0.3
-"""Gradients of less than about this share of a node's price move a gate slowly."""
+Precision = Literal["model", "bfloat16"]
+"""What a search runs in: the model as it is, or a copy of it in bfloat16."""
 
 
 @checked
@@ -31,9 +32,10 @@ class GateTraining:
     """How gates are trained.
 
     They begin at 1 and are trained by Adam, clamped to [0, 1] after each step, on the loss plus
-    a price for each gate, (1 - exp(-3 m)) / (1 - exp(-3)) times the price of a node. The price
-    begins low and rises by a factor, with some steps at each, until the nodes left fall short of
-    the target; so one training gives the whole curve from size to faithfulness.
+    a price for each gate. At first a gate costs in proportion, in the end
+    (1 - exp(-3 m)) / (1 - exp(-3)) times the price of a node. After some steps at a price the gates
+    are rounded. While the nodes left reach the target the price rises by a factor, while they
+    fall short of it it is lowered, until both were seen; the gates go on from where they are.
 
     Attributes:
         loss: "kl": divergence of the answers from the whole model's; "metric": minus the metric.
@@ -41,12 +43,15 @@ class GateTraining:
         steps: at each further price.
         prompts_per_step: drawn without repetition until all had their turn.
         lr: Adam's learning rate.
-        first_price: of all nodes together, in units of the loss.
-        factor: by which the price rises.
+        first_price: of all nodes together, as a share of what it costs the loss to ablate them
+            all; so it means the same for any model.
+        factor: by which the price rises or is lowered.
         most_prices: how many prices are tried at most.
         prompts_scored: for the scores, at most.
         prunings: how often, in the end, nodes are ranked by what their removal would do, and as
             many as can go are removed.
+        precision: "bfloat16" searches in a copy of the model in bfloat16, which is faster where the
+            processor has units for it. What is reported is always run in the model itself.
 
     Raises:
         InputError: if a number of steps, prompts or prices is below one, or a price, factor or
@@ -54,15 +59,16 @@ class GateTraining:
     """
 
     loss: Loss = "kl"
-    first_steps: int = 32
-    steps: int = 16
+    first_steps: int = 40
+    steps: int = 20
     prompts_per_step: int = 32
     lr: float = 0.1
-    first_price: float = 0.1
-    factor: float = 2.0
+    first_price: float = 0.5
+    factor: float = 1.5
     most_prices: int = 12
     prompts_scored: int = 64
     prunings: int = 2
+    precision: Precision = "model"
 
     def __post_init__(self) -> None:
         counts = (
@@ -131,12 +137,13 @@ class GateTrainer:
         self._batches = _batches(len(recorded), settings.prompts_per_step, seed)
         self._gates = gates
         self.values = torch.ones_like(gates.flat())
-        self.begin_again()
+        self.n_steps = 0
+        self._optimizer = torch.optim.Adam([self.values], lr=settings.lr)
 
-    def begin_again(self) -> None:
-        """Put all gates back to 1."""
-        self.values = torch.ones_like(self.values)
-        self._optimizer = torch.optim.Adam([self.values], lr=self._settings.lr)
+    def give_another_chance(self) -> None:
+        """Put all gates half-way back to 1. From 0 alone they would not come back: the price bends
+        most there, and a node may only matter where others are left."""
+        self.values.add_(1).div_(2)
 
     @property
     def gates(self) -> Gates:
@@ -152,7 +159,7 @@ class GateTrainer:
         """Train some steps further.
 
         Args:
-            price: of all nodes together.
+            price: of all nodes together, in units of the loss.
             n_steps: how many steps.
             progress: called after each with its loss and the number of gates above one half.
 
@@ -160,24 +167,27 @@ class GateTrainer:
             The mean loss of the steps, without the price.
         """
         losses: list[float] = []
-        each = price / len(self.values)
-        # Adam alone would bring a gate down as fast for a small price as for a large one, all gates
-        # in step. So what matters is held up faster than the rest falls.
-        self._optimizer.param_groups[0]["eps"] = UNHURRIED * each
+        each, settings = price / len(self.values), self._settings
         for _, rows in zip(range(n_steps), self._batches, strict=False):
             some = self._recorded[rows.to(self._recorded.whole.device)]
-            loss, gradient = self._forward.gradient(some, self.gates, self._settings.loss)
-            self.values.grad = gradient + each * slope(self.values)
+            loss, gradient = self._forward.gradient(some, self.gates, settings.loss)
+            # In proportion at first: a bent price hardly pulls at gates near 1, where all begin.
+            bent = STEEPNESS * min(1.0, self.n_steps / settings.first_steps)
+            self.values.grad = gradient + each * slope(self.values, bent)
             self._optimizer.step()
             self.values.clamp_(0, 1)
+            self.n_steps += 1
             losses.append(loss)
             progress(loss, int(self.kept.sum()))
         return math.fsum(losses) / len(losses)
 
 
-def slope(values: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
-    """The derivative of a gate's price, where the price of a whole node is 1."""
-    return STEEPNESS * torch.exp(-STEEPNESS * values) / (1 - math.exp(-STEEPNESS))
+def slope(values: Float[Tensor, " node"], steepness: float) -> Float[Tensor, " node"]:
+    """The derivative of a gate's price (1 - exp(-s m)) / (1 - exp(-s)), of a node whose price is 1;
+    of m where the steepness s is 0."""
+    if steepness == 0:
+        return torch.ones_like(values)
+    return steepness * torch.exp(-steepness * values) / -math.expm1(-steepness)
 
 
 def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -1,12 +1,13 @@
 """A model with a gate on every node: gradients of the gates, and answers with some nodes left."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_entity._model import Model, check_takes_gradients, frozen
 from tl_entity._typing import checked
@@ -210,6 +211,12 @@ class GatedForward:
         memory = memory_budget(model.cfg.device) if memory is None else memory
         ablation = ablation.of_model(model.cfg)
         return cls(model, ablation, metric, engine, batch_size, memory)
+
+    def in_bfloat16(self) -> "GatedForward":
+        """The same of a copy of the model in bfloat16."""
+        copied = copy.deepcopy(self.model)
+        copied.cfg.dtype = torch.bfloat16
+        return replace(self, model=nn.Module.to(copied, torch.bfloat16))
 
     @checked
     @torch.inference_mode(False)

@@ -14,6 +14,7 @@ other half tell how faithful they are:
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.gates import Gates, check_gates_fit
 from tl_entity.methods.ablations import BATCH_SIZE
 from tl_entity.methods.gate_training import GateTraining
-from tl_entity.methods.gated_forward import GatedForward
+from tl_entity.methods.gated_forward import GatedForward, NodesEvaluation, RecordedPrompts
 from tl_entity.methods.mechanism_result import Mechanism
 from tl_entity.methods.mechanism_search import MechanismStep as MechanismStep
 from tl_entity.methods.mechanism_search import Parts, Search, descending
@@ -39,8 +40,8 @@ from tl_entity.tasks.batches import PairBatch, PromptBatch
 RANDOM_DRAWS = 3
 """Draws of random nodes that the mechanism is compared with."""
 
-CURVE_SHARES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
-"""Sizes of the curve, as shares of the mechanism's; none and all come with them."""
+CURVE_SHARES = (0.25, 0.5, 0.75, 1.5, 2.5)
+"""Sizes that are reported beside the mechanism, as shares of its own."""
 
 
 @checked
@@ -56,6 +57,8 @@ def find_mechanism(
     mlps: bool = False,
     circuit: Circuit | None = None,
     training: GateTraining | None = None,
+    curve: Sequence[float] = CURVE_SHARES,
+    n_random: int = RANDOM_DRAWS,
     seed: int = 0,
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
@@ -82,6 +85,9 @@ def find_mechanism(
         mlps: whether layers' MLPs are nodes too; else they are always themselves.
         circuit: heads by role or named position, evaluated beside the mechanism.
         training: how gates are trained; `GateTraining()` if left out.
+        curve: other sizes that are reported, as shares of the mechanism's; none and all come with
+            them.
+        n_random: how many draws of random nodes are reported.
         seed: of the split, the order of prompts and the random nodes.
         engine: "exact", or "hooks" for plain runs of any hooked model.
         batch_size: prompts run together, at most.
@@ -100,63 +106,91 @@ def find_mechanism(
     clean = prompts.clean if isinstance(prompts, PairBatch) else prompts
     gates = Gates.filled(model.cfg, _roles_there(clean), 1, mlps=mlps)
     check_gates_fit(gates, forward.ablation)
-    parts = _split(forward, prompts, seed)
-    search = Search(
-        forward, gates, parts, target, agreement, training or GateTraining(), seed, progress
-    )
+    settings = training or GateTraining()
+    found_in = forward.in_bfloat16() if settings.precision == "bfloat16" else forward
+    *finding, reporting = _split(prompts, seed)
+    parts = Parts(*(found_in.record(some) for some in finding))
+    search = Search(found_in, gates, parts, target, agreement, settings, seed, progress)
     search.check()
     kept = search.run()
-    return _report(search, kept, circuit, _fingerprint(clean))
+    report = _Report(search, forward, forward.record(reporting), _fingerprint(clean))
+    return report.of(kept, curve, n_random, circuit)
 
 
-def _report(search: Search, kept: Tensor, circuit: Circuit | None, prompts: str) -> Mechanism:
-    """Run the nodes found alone on the reporting prompts, beside what they are compared with."""
-    forward, gates, settings = search.forward, search.gates, search.settings
-    order = descending(torch.ones_like(kept), kept, search.strength, search.scores)
-    n, n_all = int(kept.sum()), len(kept)
-    sizes = sorted({0, n, *(round(share * n) for share in CURVE_SHARES)})
-    sizes = [size for size in sizes if size < n_all]
-    each = []
-    for size in sizes:
-        values = torch.zeros_like(kept)
-        values[order[:size]] = 1
-        each.append(gates.with_values(values))
-    nodes = gates.with_values(kept).nodes
-    drawn = random_nodes(gates, nodes, RANDOM_DRAWS, seed=search.seed)
-    each += [gates.with_values(values) for values in drawn]
-    found = search.report(each)
-    curve, random = found[: len(sizes)], found[len(sizes) :]
-    # All nodes kept is the whole model itself.
-    curve.append(curve[0].of_whole(n_all))
-    sizes.append(n_all)
-    reporting = search.parts.reporting
-    given = None if circuit is None else forward.evaluate_circuit(reporting, circuit, search.seed)
-    clean = reporting.pairs.clean
-    return Mechanism(
-        nodes=nodes,
-        found=curve[sizes.index(n)],
-        curve=tuple(curve),
-        random=tuple(random),
-        circuit=given,
-        target=search.target,
-        agreement_target=search.agreement,
-        roles=gates.roles,
-        knowing=tuple(role for role in gates.roles if role in clean.knowing),
-        n_layers=gates.heads.shape[0],
-        n_heads=gates.heads.shape[2],
-        with_mlps=gates.mlps is not None,
-        scores=search.scores.cpu(),
-        strength=search.strength.cpu(),
-        prices=tuple(search.prices),
-        metric=forward.metric.name,
-        loss=settings.loss,
-        ablation=forward.ablation.kind,
-        seed=search.seed,
-        n_training=len(search.parts.training),
-        n_choosing=len(search.parts.choosing),
-        prompts=prompts,
-        engine=forward.engine,
-    )
+@dataclass(frozen=True)
+class _Report:
+    """What is said of a mechanism.
+
+    Attributes:
+        search: it found the nodes.
+        forward: how the model itself is run.
+        prompts: those that had no part in the search.
+        fingerprint: of all prompts.
+    """
+
+    search: Search
+    forward: GatedForward
+    prompts: RecordedPrompts
+    fingerprint: str
+
+    def of(
+        self, kept: Tensor, shares: Sequence[float], n_random: int, circuit: Circuit | None
+    ) -> Mechanism:
+        """Run the nodes found alone, beside what they are compared with."""
+        search, forward = self.search, self.forward
+        gates, settings = search.gates, search.settings
+        order = descending(torch.ones_like(kept), kept, search.strength, search.scores)
+        n, n_all = int(kept.sum()), len(kept)
+        sizes = sorted({0, n, *(round(share * n) for share in shares)})
+        sizes = [size for size in sizes if size < n_all]
+        each = []
+        for size in sizes:
+            values = torch.zeros_like(kept)
+            values[order[:size]] = 1
+            each.append(gates.with_values(values))
+        nodes = gates.with_values(kept).nodes
+        drawn = random_nodes(gates, nodes, n_random, seed=search.seed)
+        each += [gates.with_values(values) for values in drawn]
+        found = self._run(each)
+        curve, random = found[: len(sizes)], found[len(sizes) :]
+        # All nodes kept is the whole model itself.
+        curve.append(curve[0].of_whole(n_all))
+        sizes.append(n_all)
+        given = circuit and forward.evaluate_circuit(self.prompts, circuit, search.seed)
+        knowing = self.prompts.pairs.clean.knowing
+        return Mechanism(
+            nodes=nodes,
+            found=curve[sizes.index(n)],
+            curve=tuple(curve),
+            random=tuple(random),
+            circuit=given,
+            target=search.target,
+            agreement_target=search.agreement,
+            roles=gates.roles,
+            knowing=tuple(role for role in gates.roles if role in knowing),
+            n_layers=gates.heads.shape[0],
+            n_heads=gates.heads.shape[2],
+            with_mlps=gates.mlps is not None,
+            scores=search.scores.cpu(),
+            strength=search.strength.cpu(),
+            prices=tuple(search.prices),
+            metric=forward.metric.name,
+            loss=settings.loss,
+            ablation=forward.ablation.kind,
+            seed=search.seed,
+            n_training=len(search.parts.training),
+            n_choosing=len(search.parts.choosing),
+            prompts=self.fingerprint,
+            engine=forward.engine,
+        )
+
+    def _run(self, each: Sequence[Gates]) -> list[NodesEvaluation]:
+        return self.forward.evaluate(
+            self.prompts,
+            each,
+            seed=self.search.seed,
+            progress=lambda runs: self.search.ran("reporting", runs, None),
+        )
 
 
 @checked
@@ -188,14 +222,14 @@ def random_nodes(
     return draws
 
 
-def _split(forward: GatedForward, prompts: PromptBatch | PairBatch, seed: int) -> Parts:
+def _split(prompts: PromptBatch | PairBatch, seed: int) -> list[PromptBatch | PairBatch]:
     """A sixth to train on, a third to choose by, half to report."""
     n = len(prompts)
     if n < 6:
         raise InputError(f"{n} prompts can't be split in six to find and test a mechanism.")
     order = torch.from_numpy(np.random.default_rng([seed, 0]).permutation(n))
     parts = order.split([n // 6, n // 2 - n // 6, n - n // 2])
-    return Parts(*(forward.record(prompts[rows.to(_device(prompts))]) for rows in parts))
+    return [prompts[rows.to(_device(prompts))] for rows in parts]
 
 
 def _device(prompts: PromptBatch | PairBatch) -> torch.device:

@@ -1,6 +1,6 @@
 """The search for the fewest nodes: gates are trained, narrowed down by exact runs, and pruned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,11 +37,10 @@ class MechanismStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """Prompts by what they are for."""
+    """The prompts that find the nodes, by what they are for."""
 
     training: RecordedPrompts
     choosing: RecordedPrompts
-    reporting: RecordedPrompts
 
 
 class Kept(NamedTuple):
@@ -65,17 +64,19 @@ class Search:
     progress: Callable[[MechanismStep], object]
     scores: Float[Tensor, " node"] = field(init=False)
     strength: Float[Tensor, " node"] = field(init=False)
+    at_stake: float = field(init=False)
     prices: list[PriceStep] = field(default_factory=list)
     n_run: int = 0
 
     def check(self) -> None:
         """Make sure that there is something to be faithful to, and that it could be seen."""
-        whole = self.evaluate(torch.ones_like(self.gates.flat())).answers
-        if not whole.whole.accuracy:
+        none = self.evaluate(torch.zeros_like(self.gates.flat())).answers
+        if not none.whole.accuracy:
             raise InputError(
-                f"The model answers none of the {len(whole)} choosing prompts right, so there is "
+                f"The model answers none of the {len(none)} choosing prompts right, so there is "
                 "no accuracy to keep; give prompts that it can answer."
             )
+        whole = none.of_whole(len(self.gates.flat()))
         if not self.reached(whole):
             raise InputError(
                 f"{len(whole)} prompts to choose by are too few: even the whole model would show "
@@ -83,6 +84,8 @@ class Search:
                 f"agreement of at least {whole.agreement_interval.low:.3f} alone; give more "
                 "prompts (a third of them choose) or lower targets."
             )
+        lost = (none.whole_value - none.value).double().mean().abs()
+        self.at_stake = (none.mean_kl if self.settings.loss == "kl" else float(lost)) or 1.0
 
     def run(self) -> Float[Tensor, " node"]:
         """Score, train, narrow down, prune."""
@@ -110,11 +113,10 @@ class Search:
         )
         enough, too_few = None, torch.zeros_like(self.gates.flat())
         seen: list[Tensor] = []
-        price, factor, n_steps = self.settings.first_price, self.settings.factor, 0
+        price = self.settings.first_price * self.at_stake
         for _ in range(self.settings.most_prices):
-            n = self.settings.first_steps if enough is None else self.settings.steps
-            loss = trainer.train(price, n, self._training_progress(n_steps))
-            n_steps += n
+            n = self.settings.steps if seen else self.settings.first_steps
+            loss = trainer.train(price, n, self._training_progress(trainer.n_steps))
             seen.append(trainer.values.clone())
             kept = self.evaluate(trainer.kept)
             reached = self.reached(kept.answers)
@@ -126,10 +128,10 @@ class Search:
             if enough is not None and bool(too_few.any()):
                 break
             if reached:
-                price *= factor
-            else:  # the first price was too high
-                price /= factor**3
-                trainer.begin_again()
+                price *= self.settings.factor
+            else:
+                price /= self.settings.factor
+                trainer.give_another_chance()
         self.strength = torch.stack(seen).mean(0)
         return enough or self.evaluate(torch.ones_like(too_few)), too_few
 
@@ -193,7 +195,7 @@ class Search:
             self.parts.choosing,
             [self.gates.with_values(values)],
             seed=self.seed,
-            progress=lambda runs: self._ran("choosing", runs, int(values.sum())),
+            progress=lambda runs: self.ran("choosing", runs, int(values.sum())),
         )
         return Kept(values, answers)
 
@@ -204,16 +206,8 @@ class Search:
             and answers.agreement_interval.low >= self.agreement
         )
 
-    def report(self, each: Sequence[Gates]) -> list[NodesEvaluation]:
-        """How the prompts that had no part in the search are answered with these gates."""
-        return self.forward.evaluate(
-            self.parts.reporting,
-            each,
-            seed=self.seed,
-            progress=lambda runs: self._ran("reporting", runs, None),
-        )
-
-    def _ran(self, doing: str, runs: int, n_nodes: int | None) -> None:
+    def ran(self, doing: str, runs: int, n_nodes: int | None) -> None:
+        """Tell that prompts were run."""
         self.n_run += runs
         self.progress(MechanismStep(doing, self.n_run, n_nodes))
 
