@@ -117,6 +117,9 @@ METHODS: dict[str, Call] = {
             m, p, position="place", receivers=HEADS, receiver_input="v", engine=e
         ).per_example
     ),
+    "path_patch into q and k": lambda m, p, e: (
+        path_patch(m, p, receivers={"q": HEADS, "k": HEADS[1:]}, engine=e).per_example
+    ),
     "path_patch_mlps": lambda m, p, e: path_patch_mlps(m, p, engine=e).per_example,
     "discover_circuit": lambda m, p, e: (
         discover_circuit(m, p, sizes={"late": 2, "early": 1}, stages=STAGES, engine=e)

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,15 +14,21 @@ from tests.random_models import random_model, random_pairs
 from tl_entity import (
     Head,
     InputError,
+    PairBatch,
+    Runner,
+    activation_patch,
     evaluate,
     evaluate_circuits,
     four_corners,
     learn_mask,
+    logit_attribution,
+    logit_lens,
     mean_head_outputs,
     path_patch,
     weight_shares,
 )
-from tl_entity.ranks import from_first, is_first, n_ranks, process_group, shared_out
+from tl_entity.metrics import LOGIT_DIFFERENCE
+from tl_entity.ranks import Together, from_first, is_first, n_ranks, process_group, shared_out
 
 CIRCUITS = [{"place": [Head(1, 2)], "last": [Head(2, 0)]}, {"last": [Head(0, 1)]}]
 
@@ -58,8 +66,20 @@ def results(n_pairs: int) -> dict[str, torch.Tensor]:
     found["shares"], found["gain"] = shares.per_prompt, shares.gain_per_prompt
     found["corners"] = four_corners(model, tuned, pairs.clean).change
     found["correct"] = evaluate(model, pairs.clean).correct
+    foiled = replace(pairs, foils=(pairs.targets + 1) % 20)
+    found["parts"] = logit_attribution(model, foiled, batch_size=2).per_example
+    found["lens"] = logit_lens(model, foiled).per_example
+    patched = activation_patch(model, foiled, CIRCUITS[0], metric=LOGIT_DIFFERENCE)
+    found["differences"] = cast(torch.Tensor, patched.values)
+    both = Together(pairs, torch.arange(n_pairs))
+    (found["together"],) = Runner().over(both, 2, _sums, model)
     found["means"] = mean_head_outputs(model, pairs.clean, batch_size=2)
     return found
+
+
+def _sums(rows: Together) -> tuple[torch.Tensor, ...]:
+    pairs, numbers = rows.parts
+    return (cast(PairBatch, pairs).targets + cast(torch.Tensor, numbers),)
 
 
 def in_each_process(folder: Path) -> None:

@@ -21,9 +21,18 @@ from tl_entity.exact.memory import block_bytes
 from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import HeadInput, kv_head, n_kv_heads
 from tl_entity.hooks.watch import see
+from tl_entity.models.architecture import refuse
 
 ROWS_TOGETHER = 512
 """Fewer rows than these at a time would leave a matrix product slow."""
+
+
+NOT_RECOMPUTED = (
+    *("positions", "parallel", "no MLPs", "norm after", "norm of queries", "scaled queries"),
+    *("shared heads apart", "local", "not causal", "capped scores", "capped logits", "sinks"),
+    *("dynamic rotary", "clipped", "quantised"),
+)
+"""Obstacles of `tl_entity.models.architecture` that the exact engine does not allow for."""
 
 
 def check_supported(model: Model) -> None:
@@ -41,38 +50,11 @@ def check_supported(model: Model) -> None:
         )
     # Another thread's run may have set a flag on the model, to take it off again.
     with guarded(model):
-        _check_settings(model.cfg)
-
-
-def _check_settings(cfg: Any) -> None:
-    obstacles = {
-        "its positions are not rotary": cfg.positional_embedding_type != "rotary",
-        "attention and MLP run in parallel": bool(cfg.parallel_attn_mlp),
-        "it has no MLPs": bool(cfg.attn_only),
-        "it normalises after attention or MLP": bool(
-            cfg.use_normalization_before_and_after
-            or cfg.original_architecture
-            in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM")
-        ),
-        "it normalises queries and keys": bool(cfg.use_qk_norm),
-        "it rescales queries with length": bool(getattr(cfg, "use_logn_attn", False)),
-        "its key and value heads are set apart (ungroup_grouped_query_attention)": bool(
-            cfg.ungroup_grouped_query_attention and n_kv_heads(cfg) != cfg.n_heads
-        ),
-        "its attention is local": bool(cfg.use_local_attn),
-        "its attention is not causal": cfg.attention_dir != "causal",
-        "its attention scores are capped": cfg.attn_scores_soft_cap > 0,
-        "its logits are capped": cfg.output_logits_soft_cap > 0,
-        "it has attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
-        "its rotary table changes with length": bool(getattr(cfg, "use_dynamic_ntk_rope", False)),
-        "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
-        "it is quantised": bool(getattr(cfg, "load_in_4bit", False)),
-    }
-    for reason, applies in obstacles.items():
-        if applies:
-            raise InputError(
-                f'The exact engine does not fit this model: {reason}. Use engine="hooks".'
-            )
+        refuse(
+            model.cfg,
+            NOT_RECOMPUTED,
+            'The exact engine does not fit this model: {reason}. Use engine="hooks".',
+        )
 
 
 def device_of(model: Model, layer: int) -> torch.device:

@@ -1,6 +1,6 @@
 """Hooks that give one model's heads what another model computes on the same prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
 from tl_entity.hooks.edits import Cache, Hook, patch_heads
 from tl_entity.hooks.points import check_heads, hook_point, kv_head, point_and_layer
 from tl_entity.hooks.run import HookFunction, record
+from tl_entity.models.architecture import refuse
 from tl_entity.tasks.batches import PromptBatch
 
 SHARED_SETTINGS = (
@@ -355,19 +356,12 @@ def _normalizes_queries(model: Model) -> bool:
 
 
 def _check_plain_attention(model: Model) -> None:
-    cfg = model.cfg
-    obstacles: Mapping[str, bool] = {
-        "its positions are not rotary": cfg.positional_embedding_type != "rotary",
-        "it normalises the queries and keys of all heads together": cfg.original_architecture
-        in ("Olmo2ForCausalLM", "Olmo3ForCausalLM", "OlmoeForCausalLM"),
-        "it rescales queries with length": bool(getattr(cfg, "use_logn_attn", False)),
-        "it clips queries, keys and values": getattr(cfg, "clip_qkv", None) is not None,
-        "its attention scores are capped": cfg.attn_scores_soft_cap > 0,
-        "it has attention sinks": bool(getattr(cfg, "use_attention_sinks", False)),
-    }
-    for reason, applies in obstacles.items():
-        if applies:
-            raise InputError(f"Keys and values can't be patched in this model: {reason}.")
+    obstacles = ("positions", "norm of all heads", "scaled queries", "clipped", "capped scores")
+    refuse(
+        model.cfg,
+        (*obstacles, "sinks"),
+        "Keys and values can't be patched in this model: {reason}.",
+    )
 
 
 def _of_heads(

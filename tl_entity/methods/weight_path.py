@@ -24,10 +24,10 @@ from transformer_lens import HookedTransformer
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
-from tl_entity.errors import InputError
 from tl_entity.hooks.run import embed
 from tl_entity.methods.weight_units import Place, Source, Unit, difference, place_of
 from tl_entity.metrics import Metric
+from tl_entity.models.architecture import refuse
 from tl_entity.tasks.batches import ANSWER_POSITION, PairBatch, PromptBatch
 
 
@@ -46,19 +46,11 @@ class WeightPath:
     changed: Mapping[str, tuple[Unit, ...]]
 
     def __post_init__(self) -> None:
-        cfg = self.base.cfg
-        obstacles = {
-            "the inputs of its heads are set apart (use_attn_in, use_split_qkv_input)": bool(
-                cfg.use_attn_in or cfg.use_split_qkv_input
-            ),
-            "its key and value heads are set apart (ungroup_grouped_query_attention)": bool(
-                cfg.ungroup_grouped_query_attention
-            ),
-            "it is quantised": bool(cfg.load_in_4bit),
-        }
-        for reason, applies in obstacles.items():
-            if applies:
-                raise InputError(f"Weights of this model have no shares: {reason}.")
+        refuse(
+            self.base.cfg,
+            ("inputs apart", "heads apart", "quantised"),
+            "Weights of this model have no shares: {reason}.",
+        )
 
     @property
     def dtype(self) -> torch.dtype:
