@@ -28,6 +28,17 @@ def log_probability(
 
 
 @checked
+def divergence(
+    of: Float[Tensor, "batch d_vocab"], to: Float[Tensor, "batch d_vocab"]
+) -> Float[Tensor, " batch"]:
+    """Kullback-Leibler divergence of the distribution `to` from `of`, in nats: the mean, by `of`,
+    of what it is more surprised by. In float32 at least."""
+    wide = torch.promote_types(to.dtype, torch.float32)
+    p, q = (logits.to(wide).log_softmax(-1) for logits in (of, to))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@checked
 def relative_probability_change(
     patched: Float[Tensor, "*senders batch"], clean: Float[Tensor, " batch"]
 ) -> Float[Tensor, "*senders batch"]:

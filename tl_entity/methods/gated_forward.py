@@ -24,7 +24,7 @@ from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.ablations import BATCH_SIZE
 from tl_entity.methods.circuits import Evaluation, Faithfulness
 from tl_entity.methods.path_patching import Engine
-from tl_entity.metrics import LOG_PROBABILITY, Metric, log_probability
+from tl_entity.metrics import LOG_PROBABILITY, Metric, divergence, log_probability
 from tl_entity.ranks import share_of, shared_out, summed
 from tl_entity.results import Result
 from tl_entity.stats import Interval, mean_intervals, wilson_interval
@@ -393,14 +393,3 @@ class GatedForward:
         value = self.metric.of_logits(logits, some.pairs).to(score)
         measured = torch.stack([score, divergence(whole, logits).to(score), value])
         return logits.argmax(-1), measured
-
-
-@checked
-def divergence(
-    of: Float[Tensor, "batch d_vocab"], to: Float[Tensor, "batch d_vocab"]
-) -> Float[Tensor, " batch"]:
-    """Kullback-Leibler divergence of the distribution `to` from `of`, in nats: the mean, by `of`,
-    of what it is more surprised by. In float32 at least."""
-    wide = torch.promote_types(to.dtype, torch.float32)
-    p, q = (logits.to(wide).log_softmax(-1) for logits in (of, to))
-    return (p.exp() * (p - q)).sum(-1)

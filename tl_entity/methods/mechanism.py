@@ -155,7 +155,9 @@ class _Report:
         # All nodes kept is the whole model itself.
         curve.append(curve[0].of_whole(n_all))
         sizes.append(n_all)
-        given = circuit and forward.evaluate_circuit(self.prompts, circuit, search.seed)
+        given = None
+        if circuit is not None:
+            given = forward.evaluate_circuit(self.prompts, circuit, search.seed)
         knowing = self.prompts.pairs.clean.knowing
         return Mechanism(
             nodes=nodes,
