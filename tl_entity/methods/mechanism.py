@@ -45,7 +45,6 @@ CURVE_SHARES = (0.25, 0.5, 0.75, 1.5, 2.5)
 
 
 @checked
-@torch.inference_mode(False)
 def find_mechanism(
     model: Model,
     prompts: PromptBatch | PairBatch,
@@ -156,11 +155,9 @@ class _Report:
         # All nodes kept is the whole model itself.
         curve.append(curve[0].of_whole(n_all))
         sizes.append(n_all)
-        given = (
-            None
-            if circuit is None
-            else forward.evaluate_circuit(self.prompts, circuit, search.seed)
-        )
+        given = None
+        if circuit is not None:
+            given = forward.evaluate_circuit(self.prompts, circuit, search.seed)
         knowing = self.prompts.pairs.clean.knowing
         return Mechanism(
             nodes=nodes,
