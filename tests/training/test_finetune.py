@@ -23,6 +23,7 @@ from transformers import (
 from tl_entity import evaluate, load_model
 from tl_entity.cli import main
 from tl_entity.errors import InputError
+from tl_entity.output import sole_worker
 from tl_entity.tasks.boxes import LABELS
 from tl_entity.tasks.nouns import OBJECTS
 from tl_entity.training import finetune as module
@@ -278,6 +279,13 @@ def refused(capsys, *arguments) -> str:
     assert main(["finetune", "--device", "cpu", *map(str, arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_a_second_run_in_a_folder_is_told_who_is_at_work(base, tmp_path):
+    said = f"Process {os.getpid()}, since .* is at work in"
+    with sole_worker(tmp_path), pytest.raises(InputError, match=said):
+        finetune(base, tmp_path, SHORT, device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals_are_one_line(base, whole, tmp_path, capsys, monkeypatch):
