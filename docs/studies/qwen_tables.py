@@ -37,7 +37,8 @@ def share(value: float | str | None) -> str:
     number = read_number(value)
     if not math.isfinite(number):
         return "none" if math.isnan(number) else "infinite"
-    text = f"{number:.2f}"
+    # Not `-.00`.
+    text = f"{round(number, 2) or 0.0:.2f}"
     return text.replace("0.", ".", 1) if abs(number) < 0.995 else text
 
 
