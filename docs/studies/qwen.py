@@ -12,6 +12,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import qwen_tables
+from qwen_tables import (
+    FINETUNES,
+    GROUPS,
+    LABELS,
+    kinds_in,
+    mean_and_range,
+    numbered,
+    table,
+    with_interval,
+)
+
+from tl_entity.study.store import to_json
+from tl_entity.study.verdict_rules import INCOMPLETE
+
+NOTHING_TO_LOSE = "nothing to lose"
+"""Stands for a removal from a circuit that answers nothing right."""
+
+LARGEST = 16
+"""Times as large as it is, the largest circuit measured."""
+
 HERE = Path(__file__).parent
 KEPT = HERE / "qwen"
 FIGURES = (
@@ -21,63 +42,67 @@ FIGURES = (
     "base_knockout",
     "tuned_knockout",
 )
-GROUPS = {
-    "value_fetcher": "A value fetchers",
-    "pos_transmitter": "B position transmitters",
-    "pos_detector": "C position detectors",
-    "struct_reader": "D structure readers",
-}
-FINETUNES = {
-    "mixed_0": "all three",
-    "mixed_1": "all three",
-    "lookup_0": "variable look-up",
-    "arithmetic_0": "arithmetic",
-    "stories_0": "plain stories",
-}
-"""Folders of fine-tunes, and the kinds of text each was trained on."""
+MEASURED_AGAIN = ("faithfulness", "completeness", "minimality")
+"""Of the whole study what `circuits.py` measures on more prompts; the page has it from there."""
 
-LABELS = {"base": "the base", "tuned": "the fine-tune"}
-KINDS = {"object_value": "object", "box_label_value": "box label", "position": "position"}
+SHARES = ("gain", "gain_interval", "recovered", "recovered_interval")
+"""The same of CMAP, which `more.py` measures on more prompts."""
 
 
 def keep(study: Path) -> None:
     """Bring what the page is made of beside it."""
     from PIL import Image
 
-    from tl_entity.results import plain
-    from tl_entity.study.folder import STUDY
-    from tl_entity.study.results import Study
-    from tl_entity.study.store import to_json
-    from tl_entity.study.verdict import verdict
-
     KEPT.mkdir(exist_ok=True)
     results = study / "results"
-    content = _read(results / "results.json")
-    # By the rules of today, which read nothing but these results.
-    content["verdict"] = plain(verdict(Study.load(results / STUDY)))
-    for place in (content["settings"], *content["models"].values()):
-        for key in ("base", "tuned", "name"):
-            if isinstance(place.get(key), str):
-                place[key] = Path(place[key]).name
-    (KEPT / "results.json").write_text(to_json(content), encoding="utf-8")
+    _write("results", cut_down(_read(results / "results.json")))
     shutil.copy(results / "timings.json", KEPT / "timings.json")
-    for role in LABELS:
-        shutil.copy(study / f"ablation_{role}.json", KEPT / f"ablation_{role}.json")
-    shutil.copy(study / "more" / "more.json", KEPT / "more.json")
+    for name in ("circuits", "more"):
+        shutil.copy(study / name / f"{name}.json", KEPT / f"{name}.json")
     runs = {name: _read(study / name / "finetune.json") for name in FINETUNES}
     kept = {
         name: {key: run[key] for key in ("settings", "versions", "evaluations")}
         for name, run in runs.items()
     }
-    (KEPT / "finetunes.json").write_text(to_json(kept), encoding="utf-8")
+    _write("finetunes", kept)
     control = _read(study / "smollm2" / "results.json")["models"]["base"]
-    kept = {key: control[key] for key in ("accuracy", "no_circuit")}
-    (KEPT / "smollm2.json").write_text(to_json(kept), encoding="utf-8")
+    _write("smollm2", {key: control[key] for key in ("accuracy", "no_circuit")})
     for name in FIGURES:
         # A few dozen colours are all a figure has; with 256 the file is a third of the size.
         with Image.open(results / "figures" / f"{name}.png") as figure:
             colours = figure.convert("RGB").quantize(256)
             colours.save(KEPT / f"{name}.png", optimize=True)
+
+
+def cut_down(content: Any) -> Any:
+    """Results without what is measured again on more prompts, without folders' names, and with no
+    more digits than float32 has."""
+    content.pop("verdict", None)
+    for model in content["models"].values():
+        for found in model["discovery"].values():
+            for key in ("scores", "intervals"):
+                found[key] = _rounded(found[key])
+    for record in content["cmap"].values():
+        for entry in (record, *record["entries"]):
+            for key in SHARES:
+                entry.pop(key, None)
+    for place in (content["settings"], *content["models"].values()):
+        for key in MEASURED_AGAIN:
+            place.pop(key, None)
+        for key in ("base", "tuned", "name"):
+            if isinstance(place.get(key), str):
+                place[key] = Path(place[key]).name
+    return content
+
+
+def _rounded(numbers: Any) -> Any:
+    if isinstance(numbers, list):
+        return [_rounded(number) for number in numbers]
+    return numbers and float(f"{numbers:.7g}")
+
+
+def _write(name: str, content: Any) -> None:
+    (KEPT / f"{name}.json").write_text(to_json(content), encoding="utf-8")
 
 
 def _read(path: Path) -> Any:
@@ -89,251 +114,104 @@ def load(name: str) -> Any:
     return _read(KEPT / f"{name}.json")
 
 
-def share(value: float | None) -> str:
-    """`.55`, `1.00`, `-.20`."""
-    if value is None:
-        return "none"
-    text = f"{value:.2f}"
-    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+def apart(entries: list[Any]) -> str:
+    """By how many removals circuit and model are apart, as the verdict counts them."""
+    removed = [entry for entry in entries if entry["kind"] != "whole"]
+    ends = [entry["difference_interval"] for entry in removed]
+    n = sum(low > INCOMPLETE or high < -INCOMPLETE for low, high in ends)
+    return f"{n} of {len(removed)}"
 
 
-def with_interval(found: dict[str, Any], name: str = "accuracy", interval: str = "") -> str:
-    """`.55 [.40, .69]`."""
-    low, high = found[interval or ("interval" if name == "accuracy" else f"{name}_interval")]
-    return f"{share(found[name])} [{share(low)}, {share(high)}]"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def accuracy(models: Any) -> str:
-    """Accuracy by number of boxes."""
-    counts = list(models["base"]["accuracy"])
-    rows = [
-        [LABELS[role], *(with_interval(model["accuracy"][n]) for n in counts)]
-        for role, model in models.items()
-    ]
-    return table(["boxes", *counts], rows)
-
-
-def circuits(models: Any, same: Any) -> str:
-    """Sizes, overlap with chance, and layers."""
-    rows = []
-    for group, words in GROUPS.items():
-        found = same["groups"][group]
-        layers = [sorted(layer for layer, _ in m["circuit"][group]) for m in models.values()]
-        spans = [f"{some[0]}-{some[-1]}" for some in layers]
-        rows.append(
-            [
-                words,
-                str(found["first"]),
-                *spans,
-                str(len(found["shared"])),
-                f"{found['shared_by_chance']:.2f}",
-                f"{found['p_value']:.1g}",
-                share(found["rank_correlation"]),
-            ]
-        )
-    whole = same["whole"]
-    rows.append(
-        [
-            "all",
-            str(whole["first"]),
-            "",
-            "",
-            str(len(whole["shared"])),
-            f"{whole['shared_by_chance']:.2f}",
-            f"{whole['p_value']:.1g}",
-            "",
-        ]
-    )
-    header = ["group", "heads", "layers, base", "layers, fine-tune", "shared", "by chance", "p"]
-    return table([*header, "rank correlation of all heads' scores"], rows)
-
-
-def finetunes() -> str:
-    """Accuracy along the fine-tunes."""
-    runs = load("finetunes")
-    steps = [entry["step"] for entry in runs["mixed_0"]["evaluations"]]
-    rows = [
-        [words, str(runs[name]["settings"]["seed"])]
-        + [with_interval(entry) for entry in runs[name]["evaluations"]]
-        for name, words in FINETUNES.items()
-        if name in runs
-    ]
-    return table(["texts", "seed", *(f"step {step}" for step in steps)], rows)
-
-
-def ablations() -> str:
-    """Accuracy without the circuit and without random heads."""
-    rows = []
+def changed_by_ablation(found: Any) -> str:
+    """What was here under the paper's ablation, and what is under each."""
+    before = load("before")
+    rows: list[list[str]] = []
+    kinds = kinds_in(found["alone"])
     for role, label in LABELS.items():
-        found = load(f"ablation_{role}")
-        rows.append(
-            [
-                label,
-                str(found["heads"]),
-                with_interval(found["whole"]),
-                with_interval(found["without_circuit"]),
-                mean_and_range(found["without_random_of_the_same_layers"]),
-                mean_and_range(found["without_random"]),
-            ]
+        old, new = before["alone"][role], found["alone"][role]
+        for name, words in ((role, "its circuit alone"), ("every_head", "every head there alone")):
+            entries = [old[name], *(new[kind][name] for kind in kinds)]
+            cells = [with_interval(entry, "faithfulness") for entry in entries]
+            rows.append([f"{label}, {words}: faithfulness", *cells])
+        largest = [before["sizes"][role]["entries"][-1], new["pooled"][f"times_{LARGEST}"]]
+        cells = [with_interval(entry, "faithfulness") for entry in largest]
+        cells += [""] * (len(kinds) - 1)
+        rows.append([f"{label}, {LARGEST} times its circuit alone: faithfulness", *cells])
+    for role, label in LABELS.items():
+        under = [before["removals"][role], *map(found["removals"][role].get, kinds)]
+        cells = [with_interval(some["circuit"]) if some else "" for some in under]
+        rows.append([f"{label} without its circuit: accuracy", *cells])
+        drawn = [some and (some.get("random") or numbered(some, "random")) for some in under]
+        cells = [mean_and_range(entries) if entries else "" for entries in drawn]
+        rows.append([f"{label} without random heads: accuracy", *cells])
+    return table(["", "before", *kinds], rows)
+
+
+def changed(found: Any, more: Any, same: Any) -> str:
+    """What was here by other definitions, and what is in its place."""
+    before, by_rule = load("before"), found["by_rule"]["same_circuit"]["whole"]
+    rows = []
+    for way, words in (
+        ("tuned_into_base", "brings the base"),
+        ("base_into_tuned", "costs the fine-tune"),
+    ):
+        old, new = (
+            {e["group"]: e for e in some["cmap"][way]["entries"] if e["patch"] == "output"}
+            for some in (before, more)
         )
-    header = ["model", "heads", "whole", "without the circuit", "without others of its layers"]
-    return table([*header, "without any others"], rows)
-
-
-def mean_and_range(entries: list[Any]) -> str:
-    """`.50 (.37 to .60)`."""
-    found = [entry["accuracy"] for entry in entries]
-    return f"{share(sum(found) / len(found))} ({share(min(found))} to {share(max(found))})"
-
-
-def random_heads(record: Any) -> str:
-    """CMAP of the heads found, of others of the same layers, and of every head."""
-    rows = [
-        [
-            GROUPS.get(entry["group"], entry["group"]),
-            with_interval(entry["found"]),
-            mean_and_range(entry["random"]),
-            with_interval(entry["every_head"]),
-        ]
-        for entry in record["entries"]
+        for group in old:
+            cells = [with_interval(some[group], "recovered") for some in (old, new)]
+            rows.append([f"share of the gain that {GROUPS.get(group, group)} {words}", *cells])
+    for role, label in LABELS.items():
+        entries = found["completeness"][role]["entries"]
+        now = apart(entries) if entries else NOTHING_TO_LOSE
+        words = f"{label}: removals by which circuit and model are apart"
+        rows.append([words, apart(before["completeness"][role]), now])
+        old, now = before["minimality"][role], needed_now(found, role)
+        words = f"{label}: heads that its circuit needs"
+        rows.append([words, f"{old['kept']} of {old['of']}", now])
+    cells = [
+        f"{of['first']}, {of['second']}, {len(of['shared'])} ({of['shared_by_chance']:.1f})"
+        for of in (same["whole"], by_rule)
     ]
-    return table(["outputs of", "found", "others of these layers", "every head at the token"], rows)
+    rows.append(["heads of the base, of the fine-tune, shared (by chance)", *cells])
+    return table(["", "before", "now"], rows)
 
 
-def faithfulness(models: Any) -> str:
-    """What circuits have alone."""
-    rows = []
-    for role, model in models.items():
-        found = model["faithfulness"]
-        kept = {"its own circuit": found}
-        kept |= {f"{LABELS[o]}'s circuit": x for o, x in found["other_circuits"].items()}
-        kept["every head at these four tokens"] = found["every_head"]
-        for words, entry in kept.items():
-            rows.append(
-                [
-                    LABELS[role],
-                    words,
-                    with_interval(entry["circuit"]),
-                    with_interval(entry, "faithfulness", "interval"),
-                ]
-            )
-        random = found["random"]
-        rows.append([LABELS[role], "random heads", f"at most {share(random['highest'])}", ""])
-    return table(["model", "kept", "accuracy", "faithfulness"], rows)
+def needed_now(found: Any, role: str) -> str:
+    """How many heads a circuit needs, or why that is not known."""
+    if role not in found.get("minimality", {}):
+        return "not measured again"
+    entries = found["minimality"][role]["entries"]
+    kept = sum(entry["kept"] for entry in entries)
+    return f"{kept} of {len(entries)}" if entries else NOTHING_TO_LOSE
 
 
-def alone(found: Any) -> str:
-    """The same on more prompts."""
-    rows = []
-    for role, record in found.items():
-        rows.append([LABELS[role], "everything", with_interval(record["whole"]), ""])
-        other = next(name for name in LABELS if name != role)
-        for kept, words in (
-            (role, "its own circuit"),
-            (other, f"{LABELS[other]}'s circuit"),
-            ("every_head", "every head at these four tokens"),
-        ):
-            share_of = with_interval(record[kept], "faithfulness")
-            rows.append([LABELS[role], words, with_interval(record[kept]), share_of])
-    return table(["model", "kept", "accuracy", "faithfulness"], rows)
+def answers(old: list[Any], new: list[Any]) -> str:
+    """The verdict, with what it was before."""
+    was = {finding["question"]: finding["answer"] for finding in old}
+    rows = [[f["question"], was[f["question"]], f["answer"], f["text"]] for f in new]
+    return table(["question", "before", "now", "numbers"], rows)
 
 
-def sizes(found: Any) -> str:
-    """What larger circuits have alone."""
-    rows = []
-    for role, record in found.items():
-        cells = [f"{with_interval(e)} ({e['heads']})" for e in record["entries"]]
-        rows.append([LABELS[role], *cells, with_interval(record["whole"])])
-    times = [entry["times"] for entry in next(iter(found.values()))["entries"]]
-    return table(["model", *(f"{n} times" for n in times), "everything"], rows)
-
-
-def brought(record: Any) -> dict[str, str]:
-    """Accuracies and shares of the gain for the text, such as `output_value_fetcher`."""
-    found = {}
-    for entry in record["entries"]:
-        name = f"{entry['patch']}_{entry['group'].replace(' ', '_')}"
-        found[name] = with_interval(entry)
-        found[f"share_{name}"] = with_interval(entry, "recovered")
-    return found
-
-
-def along(found: Any) -> str:
-    """CMAP from the checkpoints of the fine-tune."""
-    rows = []
-    for step, record in found.items():
-        outputs = {e["group"]: e for e in record["entries"] if e["patch"] == "output"}
-        cells = [with_interval(entry) for entry in outputs.values()]
-        rows.append([step, with_interval(record["into"]), with_interval(record["from"]), *cells])
-    groups = [GROUPS.get(group, group) for group in outputs]
-    return table(["step", "the base", "the checkpoint", *groups], rows)
-
-
-def carried_by_more(found: Any) -> str:
-    """Activation patching on more pairs."""
-    rows = []
-    for role, record in found.items():
-        entries = {(e["group"], e["desideratum"]): e for e in record["entries"]}
-        for group, words in {"unpatched": "nothing patched", **GROUPS}.items():
-            cells = [with_interval(entries[group, kind]) for kind in KINDS]
-            rows.append([LABELS[role], words, *cells])
-    return table(["model", "group", *KINDS.values()], rows)
-
-
-def carried(record: Any) -> str:
-    """Activation patching of the base's heads in the fine-tune."""
-    entries = {(e["group"], e["desideratum"]): e for e in record["entries"]}
-    rows = [
-        [words, *(with_interval(entries[group, kind]) for kind in KINDS)]
-        for group, words in {"unpatched": "nothing patched", **GROUPS}.items()
-    ]
-    return table(["group", *KINDS.values()], rows)
-
-
-def transfer(record: Any) -> str:
-    """CMAP: accuracy by group and by what is patched."""
-    entries = {(e["group"], e["patch"]): e for e in record["entries"]}
-    patches = list(dict.fromkeys(patch for _, patch in entries))
-    rows = [
-        [
-            GROUPS.get(group, group),
-            *(with_interval(entries[group, p]) if (group, p) in entries else "" for p in patches),
-        ]
-        for group in dict.fromkeys(group for group, _ in entries)
-    ]
-    return table(["heads of the other model", *patches], rows)
-
-
-def flow(models: Any) -> str:
-    """From which layer up attention between two tokens is no longer needed."""
-    rows = []
-    for role, model in models.items():
-        for curve in model["knockout"]["curves"]:
-            layers = curve["layers"]
-            cells = [share(layers[n]["accuracy"]) for n in (0, 8, 12, 14, 16, 20, 23)]
-            words = f"{curve['from']} to {curve['to']}".replace("_", " ")
-            rows.append([LABELS[role], words, *cells, share(curve["whole"]["accuracy"])])
-    at = [f"from {n}" for n in (0, 8, 12, 14, 16, 20, 23)]
-    return table(["model", "attention cut", *at, "none cut"], rows)
-
-
-def cost() -> str:
-    """Wall time by kind of step, in minutes."""
-    kinds: dict[str, float] = {}
-    for step, seconds in load("timings").items():
-        name = step.split("_", 1)[1] if step.startswith(("base_", "tuned_")) else step
-        kind = "discovery" if name.startswith("scores") else name.split("_from")[0]
-        kind = "activation patching" if kind.startswith("activation") else kind
-        kinds[kind] = kinds.get(kind, 0.0) + seconds
-    rows = [[kind.replace("_", " "), f"{seconds / 60:.0f}"] for kind, seconds in kinds.items()]
-    rows.append(["all", f"{sum(kinds.values()) / 60:.0f}"])
-    return table(["step, both models", "minutes, one core"], rows)
+def in_words(found: Any, into_base: Any, into_tuned: Any) -> dict[str, str]:
+    """Numbers for the text, such as `into_share_output_value_fetcher`, `base_own_pooled` and
+    `tuned_without_circuit_index`."""
+    texts: dict[str, str] = {}
+    for way, record in (("into", into_base), ("back", into_tuned)):
+        for entry in record["entries"]:
+            name = f"{entry['patch']}_{entry['group']}".replace(" ", "_")
+            texts[f"{way}_accuracy_{name}"] = with_interval(entry)
+            texts[f"{way}_share_{name}"] = with_interval(entry, "recovered")
+    for role in LABELS:
+        for kind, entries in found["alone"][role].items():
+            for name, entry in entries.items():
+                texts[f"{role}_{name}_{kind}"] = with_interval(entry, "faithfulness")
+            texts[f"{role}_own_{kind}"] = texts[f"{role}_{role}_{kind}"]
+        for kind, entries in found["removals"][role].items():
+            for name, entry in entries.items():
+                texts[f"{role}_without_{name}_{kind}"] = with_interval(entry)
+    return texts
 
 
 def page() -> str:
@@ -341,55 +219,57 @@ def page() -> str:
     content = load("results")
     models, same, settings = content["models"], content["same_circuit"], content["settings"]
     boxes = str(settings["boxes"])
-    more, control = load("more"), load("smollm2")
-    findings = [[f["question"], f["answer"]] for f in content["verdict"]]
+    found, more, before = load("circuits"), load("more"), load("before")
+    into_base, into_tuned = (
+        more["cmap"][f"{way}"] for way in ("tuned_into_base", "base_into_tuned")
+    )
+    findings = load("verdict")
     return TEMPLATE.format(
         prompts=settings["prompts"],
         mask_pairs=settings["mask_pairs"],
         boxes=boxes,
-        base=with_interval(models["base"]["accuracy"][boxes]),
-        tuned=with_interval(models["tuned"]["accuracy"][boxes]),
-        verdict=table(["question", "answer"], findings),
-        accuracy=accuracy(models),
-        circuits=circuits(models, same),
-        ablations=ablations(),
-        ablation_prompts=load("ablation_base")["prompts"],
-        faithfulness=faithfulness(models),
-        carried=carried(models["tuned"]["information"]["base"]),
+        verdict=answers(before["verdict"], findings),
+        accuracy=qwen_tables.accuracy(models),
+        circuits=qwen_tables.circuits(models, same),
+        by_rule=qwen_tables.circuits(
+            {role: {"circuit": some} for role, some in found["by_rule"]["circuits"].items()},
+            found["by_rule"]["same_circuit"],
+        ),
+        removals=qwen_tables.removals(found),
+        few=found["settings"]["few"],
+        many=found["settings"]["prompts"],
+        others=found["settings"]["others"],
+        losses=qwen_tables.losses(found),
+        needed=qwen_tables.needed(found),
+        changed_by_ablation=changed_by_ablation(found),
+        changed=changed(found, more, same),
+        carried=qwen_tables.carried(models["tuned"]["information"]["base"]),
         few_pairs=models["tuned"]["information"]["base"]["entries"][0]["prompts"],
-        into_base=transfer(content["cmap"]["tuned_into_base"]),
-        into_tuned=transfer(content["cmap"]["base_into_tuned"]),
-        flow=flow(models),
-        control_prompts=more["control_prompts"],
-        into_tuned_more=transfer(more["cmap_base_into_tuned"]),
-        random_heads=random_heads(more["cmap_random"]),
-        cost=cost(),
-        finetunes=finetunes(),
-        more_prompts=more["prompts"],
-        more_pairs=more["pairs"],
-        few_prompts=more["checkpoint_prompts"],
-        alone=alone(more["alone"]),
-        sizes=sizes(more["sizes"]),
-        into_base_more=transfer(more["cmap"]),
-        along=along(more["checkpoints"]),
-        carried_by_more=carried_by_more(more["carries"]),
-        smollm2=control["no_circuit"],
+        into_base=qwen_tables.transfer(content["cmap"]["tuned_into_base"]),
+        into_tuned=qwen_tables.transfer(content["cmap"]["base_into_tuned"]),
+        flow=qwen_tables.flow(models),
+        control_prompts=more["random"]["prompts"],
+        into_base_more=qwen_tables.transfer(into_base, shares=True),
+        into_tuned_more=qwen_tables.transfer(into_tuned, shares=True),
+        as_published=qwen_tables.as_published(into_base),
+        into_prompts=len(into_base["into"]["right"]),
+        back_prompts=len(into_tuned["into"]["right"]),
+        random_heads=qwen_tables.random_heads(more["random"]),
+        cost=qwen_tables.cost(load("timings")),
+        finetunes=qwen_tables.finetunes(load("finetunes")),
+        more_pairs=more["carries"]["base"]["pairs"],
+        checkpoint_prompts=next(iter(more["checkpoints"].values()))["prompts"],
+        alone=qwen_tables.alone(found),
+        sizes=qwen_tables.sizes(found),
+        along=qwen_tables.along(more["checkpoints"]),
+        carried_by_more=qwen_tables.carried_by_more(more["carries"]),
+        smollm2=load("smollm2")["no_circuit"],
         memory=load("machine")["peak_gib"],
         finetune_prompts=load("finetunes")["mixed_0"]["settings"]["prompts"],
-        random_base=share(models["base"]["faithfulness"]["random"]["highest"]),
-        random_tuned=share(models["tuned"]["faithfulness"]["random"]["highest"]),
-        more_base=with_interval(more["alone"]["base"]["whole"]),
-        more_tuned=with_interval(more["alone"]["tuned"]["whole"]),
-        base_alone=with_interval(more["alone"]["base"]["base"], "faithfulness"),
-        tuned_alone=with_interval(more["alone"]["tuned"]["tuned"], "faithfulness"),
-        base_every=with_interval(more["alone"]["base"]["every_head"], "faithfulness"),
-        tuned_every=with_interval(more["alone"]["tuned"]["every_head"], "faithfulness"),
-        **brought(more["cmap"]),
-        **{
-            f"share_back_{e['group'].replace(' ', '_')}": with_interval(e, "recovered")
-            for e in more["cmap_base_into_tuned"]["entries"]
-            if e["patch"] == "output"
-        },
+        before_prompts=before["prompts"]["alone"],
+        more_base=with_interval(before["alone"]["base"]["whole"]),
+        more_tuned=with_interval(before["alone"]["tuned"]["whole"]),
+        **in_words(found, into_base, into_tuned),
     )
 
 

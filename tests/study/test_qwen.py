@@ -1,15 +1,69 @@
-"""The study of docs/studies/qwen.md, in small, where its model is at hand."""
+"""The study of docs/studies/qwen.md: what is kept of it, and a small one where its model is."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from tl_entity.stats import paired_ratio_interval
 from tl_entity.study.reproduce import reproduce
 from tl_entity.study.settings import GROUPS, Settings
 
 PLACE = "TL_ENTITY_QWEN"
 ADAPTER = Path(__file__).parents[2] / "data" / "adapters" / "qwen2.5-coder-0.5b-instruct-skills"
+
+
+KEPT = Path(__file__).parents[2] / "docs" / "studies" / "qwen"
+
+
+def kept(name: str) -> dict:
+    return json.loads((KEPT / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_kept_accuracies_are_those_of_the_kept_answers():
+    answered = []
+
+    def look(record):
+        if isinstance(record, dict) and "right" in record:
+            answered.append(record)
+        for value in record.values() if isinstance(record, dict) else record:
+            if isinstance(value, dict | list):
+                look(value)
+
+    look(kept("circuits"))
+    look(kept("more"))
+    assert len(answered) > 90
+    for record in answered:
+        assert set(record["right"]) <= set("01")
+        assert record["accuracy"] == record["right"].count("1") / len(record["right"])
+        assert record["interval"][0] <= record["accuracy"] <= record["interval"][1]
+
+
+@pytest.mark.parametrize("role", ["base", "tuned"])
+def test_kept_faithfulness_is_of_the_same_prompts(role):
+    found = kept("circuits")
+    whole = found["whole"][role]["right"]
+    for entries in found["alone"][role].values():
+        for entry in entries.values():
+            pairs = list(zip(entry["right"], whole, strict=False))
+            counts = [pairs.count(outcome) for outcome in (("1", "1"), ("1", "0"), ("0", "1"))]
+            both, only_circuit, only_model = counts
+            ratio = (both + only_circuit) / (both + only_model)
+            assert entry["faithfulness"] == pytest.approx(ratio)
+            interval = list(paired_ratio_interval(*counts))
+            assert entry["faithfulness_interval"] == pytest.approx(interval)
+            assert interval[0] <= ratio <= interval[1]
+
+
+def test_kept_shares_of_the_gain_are_of_the_same_prompts():
+    for record in kept("more")["cmap"].values():
+        before, after = (record[of]["right"].count("1") for of in ("into", "from"))
+        for entry in record["entries"]:
+            had = entry["right"].count("1")
+            assert entry["recovered"] == pytest.approx((had - before) / (after - before))
+            low, high = entry["recovered_interval"]
+            assert low <= entry["recovered"] <= high
 
 
 @pytest.mark.skipif(
