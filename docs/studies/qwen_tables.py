@@ -128,18 +128,21 @@ def finetunes(runs: Any) -> str:
 
 def removals(found: Any) -> str:
     """Accuracy without the circuit, its groups and random heads, under each ablation."""
-    kinds = kinds_in(found["removals"])
+    kinds = [k for k in ABLATIONS if any(k in of_model for of_model in found["removals"].values())]
     rows = []
     for role, label in LABELS.items():
         under = found["removals"][role]
         whole = prefix(found["whole"][role], len(under["pooled"]["circuit"]["right"]))
-        rows.append([label, "nothing", *[with_interval(whole)] * len(kinds)])
+        cells = [with_interval(whole) if kind in under else "" for kind in kinds]
+        rows.append([label, "nothing", *cells])
         names = {"circuit": "the circuit", **GROUPS}
         rows += [
-            [label, words, *(with_interval(under[kind][name]) for kind in kinds)]
+            [label, words]
+            + [with_interval(under[kind][name]) if kind in under else "" for kind in kinds]
             for name, words in names.items()
         ]
-        cells = [mean_and_range(numbered(under[kind], "random")) for kind in kinds]
+        drawn = [numbered(under.get(kind, {}), "random") for kind in kinds]
+        cells = [mean_and_range(entries) if entries else "" for entries in drawn]
         rows.append([label, "random heads of its layers", *cells])
     return table(["model", "without", *kinds], rows)
 
