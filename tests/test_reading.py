@@ -8,7 +8,7 @@ import pytest
 from tests.models.test_adapters import adapt
 from tests.study.helpers import save_tiny_model
 from tl_entity import Circuit, InputError, load_model, load_prompts
-from tl_entity.heads import Head
+from tl_entity.heads import Head, as_head
 from tl_entity.models.adapter_config import matches
 from tl_entity.models.files import weight_files
 from tl_entity.reading import MOST_DEPTH, parse_json, read_json, read_text
@@ -83,10 +83,10 @@ def test_a_circuit_of_many_heads_and_one_that_is_there_twice():
 
 
 def test_heads_are_what_people_write():
-    assert Head.of((1, 2)) == Head.of([1, 2]) == Head.of("L1H2") == Head.of(Head(1, 2))
+    assert as_head((1, 2)) == as_head([1, 2]) == as_head("L1H2") == as_head(Head(1, 2)) == (1, 2)
     for odd in ([1], (1, 2, 3), None, 3, (1, True), (1, -2), (1, "2"), "1.2"):
         with pytest.raises(InputError, match=r"no head|does not name a head"):
-            Head.of(odd)
+            as_head(odd)
 
 
 def test_many_prompts_are_read_with_news_and_the_bad_line_is_found(tmp_path):

@@ -12,6 +12,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group, Head
 from tl_entity.hooks.points import HeadInput, check_heads
+from tl_entity.hooks.vocabulary import check_pairs
 from tl_entity.methods.path_patching import HeadScores, MLPScores, path_patch, path_patch_mlps
 from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.results import ROWS_SHOWN, Label, Result
@@ -298,6 +299,7 @@ def discover_circuit(
             as `path_patch`.
     """
     receiver_sizes = receiver_sizes or {}
+    check_pairs(model, pairs)
     _check_stages(model, stages, pairs)
     check_sizes(model, stages, sizes)
     check_sizes(model, [stage for stage in stages if stage.group in receiver_sizes], receiver_sizes)

@@ -324,7 +324,7 @@ def _write(store: Store, study: Study, say: Callable[[str], object]) -> None:
     if problem is not None:
         say(problem)
     stages = {
-        f"{role}_{group}": figure
+        f"{role}-{group}": figure
         for role in study.with_circuit
         for group, figure in single_heatmaps(study, role).items()
     }

@@ -57,7 +57,7 @@ def _circuits(content: dict[str, Any]) -> dict[str, Any]:
                 "maps": [
                     {
                         "title": stage_title(model["discovery"][group], group),
-                        "figure": f"{role}_{group}",
+                        "figure": f"{role}-{group}",
                     }
                     for group in GROUPS
                 ],

@@ -66,7 +66,7 @@ def render_report(
 
     Args:
         results: the text of results.json.
-        figures: of the same results, and each stage's heatmap alone as `base_value_fetcher`.
+        figures: of the same results, and each stage's heatmap alone as `base-value_fetcher`.
         problem: what else the reader must know.
         tables: of the same results.
     """
