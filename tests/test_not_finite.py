@@ -340,7 +340,10 @@ def test_adapters_are_refused_by_file_and_tensor(tmp_path: Path) -> None:
         (1e20, r"adapter: model\.layers\.1.* merged is not finite"),
         (1e308, r"adapter_config\.json has a lora_alpha that is too large"),
         (INF, r"adapter_config\.json is not a JSON file that can be read: Infinity is no number"),
-        (10**400, r"adapter_config\.json has a lora_alpha that is too large"),
+        (
+            10**400,
+            r"adapter_config\.json is not a JSON file that can be read: the number 1000.*digits",
+        ),
     ):
         changed = json.dumps({**config, "lora_alpha": alpha})
         (adapter / "adapter_config.json").write_text(changed)

@@ -92,8 +92,8 @@ def test_every_function_tells_a_wrong_type_in_a_sentence(name, given) -> None:
         (
             lambda: path_patch(MODEL, PAIRS, receivers=[3, 4.0]),
             "path_patch: 'receivers' must be a list of Head (like L10H3 or (10, 3)), a dict from "
-            "'q', 'k' or 'v' to list of Head (like L10H3 or (10, 3)), or None, not a list of 2 (int, "
-            "float).",
+            "'q', 'k' or 'v' to list of Head (like L10H3 or (10, 3)), or None, not a list of 2 "
+            "(int, float).",
         ),
         (
             lambda: PromptBatch(PAIRS.clean.tokens, PAIRS.clean.answers[:2]),

@@ -136,7 +136,7 @@ def _read_node(given: Any) -> Any:
 
 
 def _is_index(given: Any) -> bool:
-    return hasattr(given, "__index__") and not isinstance(given, bool)
+    return hasattr(given, "__index__") and not isinstance(given, bool) and given >= 0
 
 
 reads(Head, _read_head, "like L10H3 or (10, 3)")
