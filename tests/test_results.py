@@ -421,3 +421,21 @@ def test_a_result_as_json_has_plain_values():
 def test_every_result_can_be_written_as_json(kind, results):
     found = results[kind.__name__].to_json()
     assert found and json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_file_from_before_a_field_with_a_default_is_read(tmp_path):
+    found = Evaluation(torch.tensor([3, 4]), torch.tensor([True, False]), torch.tensor([-0.5, -2.0]))
+    found.save(tmp_path / "kept")
+    with safe_open(tmp_path / "kept", "pt") as file:
+        header = json.loads(file.metadata()["tl_entity"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = json.dumps(header)
+    for field in ("values", "metric"):
+        assert f'"{field}": null' in text
+        text = text.replace(f', "{field}": null', "")
+    header = json.loads(text)
+    header.pop("sha256", None)
+    header["format"] = 1
+    save_file(tensors, tmp_path / "before", metadata={"tl_entity": json.dumps(header)})
+    again = Evaluation.load(tmp_path / "before")
+    assert again.accuracy == 0.5 and again.values is None

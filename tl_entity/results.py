@@ -270,11 +270,13 @@ def _read(hint: Any, content: Any, tensors: Mapping[str, Any]) -> Any:
     if hint is Head or hint is Node:
         return hint.parse(content)
     if dataclasses.is_dataclass(hint):
-        names = {field.name for field in dataclasses.fields(hint)}
-        if set(content) != names:
+        fields = dataclasses.fields(hint)
+        # A field that came later has a default, so that files from before it can be read.
+        needed = {field.name for field in fields if _has_no_default(field)}
+        if not needed <= set(content) <= {field.name for field in fields}:
             raise ValueError(f"its fields are {', '.join(content)}")
         hints = get_type_hints(hint)
-        return hint(**{name: _read(hints[name], content[name], tensors) for name in names})  # type: ignore[operator]
+        return hint(**{name: _read(hints[name], held, tensors) for name, held in content.items()})  # type: ignore[operator]
     if isinstance(hint, type) and issubclass(hint, tuple):  # a NamedTuple
         hints = get_type_hints(hint)
         return hint(*(_read(h, v, tensors) for h, v in zip(hints.values(), content, strict=True)))
@@ -283,6 +285,10 @@ def _read(hint: Any, content: Any, tensors: Mapping[str, Any]) -> Any:
     if hint in (bool, int, str, type(None)) and type(content) is hint:
         return content
     raise TypeError(f"{content!r:.60} is not of the type {hint}")
+
+
+def _has_no_default(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _read_union(choices: Sequence[Any], content: Any, tensors: Mapping[str, Any]) -> Any:
