@@ -424,7 +424,9 @@ def test_every_result_can_be_written_as_json(kind, results):
 
 
 def test_a_file_from_before_a_field_with_a_default_is_read(tmp_path):
-    found = Evaluation(torch.tensor([3, 4]), torch.tensor([True, False]), torch.tensor([-0.5, -2.0]))
+    found = Evaluation(
+        torch.tensor([3, 4]), torch.tensor([True, False]), torch.tensor([-0.5, -2.0])
+    )
     found.save(tmp_path / "kept")
     with safe_open(tmp_path / "kept", "pt") as file:
         header = json.loads(file.metadata()["tl_entity"])
@@ -438,4 +440,4 @@ def test_a_file_from_before_a_field_with_a_default_is_read(tmp_path):
     header["format"] = 1
     save_file(tensors, tmp_path / "before", metadata={"tl_entity": json.dumps(header)})
     again = Evaluation.load(tmp_path / "before")
-    assert again.accuracy == 0.5 and again.values is None
+    assert again.accuracy == 0.5 and again.metric is None
