@@ -1,5 +1,7 @@
 """What each ablation leaves in, against means and draws taken by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -246,3 +248,14 @@ def test_roles_work_with_prompts_padded_on_either_side() -> None:
         torch.testing.assert_close(
             found.answer_log_probability, expected.answer_log_probability, atol=1e-4, rtol=1e-4
         )
+
+
+def test_outputs_are_not_taken_by_a_role_that_tells_what_is_asked() -> None:
+    asked = PROMPTS.position("previous_query_label")
+    roles = PROMPTS.roles.clone()
+    names = (*PROMPTS.role_names, "asked label")
+    roles[torch.arange(len(PROMPTS)), asked] = len(names) - 1
+    telling = replace(PROMPTS, roles=roles, role_names=names, knowing=("asked label",))
+    for take in (pooled_ablation, lambda *given: resample_ablation(*given, seed=0)):
+        with pytest.raises(InputError, match="role asked label, which tells what is asked"):
+            take(MODEL, telling)

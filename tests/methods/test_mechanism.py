@@ -66,7 +66,7 @@ def test_a_small_part_of_the_nodes_answers_as_the_whole_model_does(found) -> Non
     answers = found.found
     assert answers.n_nodes == len(found.nodes) <= 0.2 * 32 * 13
     assert answers.faithfulness.interval.low >= 0.9
-    assert answers.agreement >= 0.85
+    assert answers.measured["agreement"][1].low >= 0.85
     # As many random nodes of the same layers and roles, some of them the same, keep far less.
     random = max(each.faithfulness.interval.high for each in found.random)
     assert random < answers.faithfulness.interval.low

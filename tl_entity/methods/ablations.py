@@ -43,7 +43,7 @@ def pooled_ablation(
         batch_size: prompts run together.
 
     Raises:
-        InputError: if the prompts have no roles, or not those named.
+        InputError: if the prompts have no roles, not those named, or some that tell what is asked.
     """
     check_prompts(model, prompts)
     of_tokens = _roles(prompts)
@@ -102,7 +102,7 @@ def resample_ablation(
         batch_size: prompts run together.
 
     Raises:
-        InputError: if the prompts have no roles.
+        InputError: if the prompts have no roles, or some that tell what is asked.
     """
     check_prompts(model, prompts)
     of_tokens = _roles(prompts)
@@ -273,5 +273,15 @@ def _roles(prompts: PromptBatch) -> Int[Tensor, "batch pos"]:
         raise InputError(
             "Outputs can't be taken by role, as the prompts have none; give PromptBatch its roles, "
             "or take index_ablation."
+        )
+    telling = [
+        name
+        for name in prompts.role_names
+        if name in prompts.knowing and bool(prompts.where(name).any())
+    ]
+    if telling:
+        raise InputError(
+            f"Outputs can't be taken by the role {telling[0]}, which tells what is asked: its mean "
+            "would leave just that. Give the prompts blind roles."
         )
     return prompts.roles.cpu()
