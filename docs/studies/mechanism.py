@@ -23,6 +23,7 @@ from tl_entity import (
     load_model,
     pooled_ablation,
 )
+from tl_entity.choices import GIB
 from tl_entity.methods.mechanism import MechanismStep
 
 
@@ -41,10 +42,13 @@ def main() -> None:
     parser.add_argument("--curve", type=float, nargs="*", default=[0.5, 2.0])
     parser.add_argument("--random", type=int, default=1)
     parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--memory", type=float, help="GiB for intermediate results")
+    parser.add_argument("--device")
     parser.add_argument("--save", type=Path, help="keep the whole result in this file")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    model = load_model(options.model, adapter=options.adapter)
+    model = load_model(options.model, adapter=options.adapter, device=options.device)
     tokenizer, boxes, seed = model.tokenizer, options.boxes, options.seed
     prompts = box_prompts(tokenizer, options.prompts, n_boxes=boxes, seed=seed)
     others = discovery_pairs(tokenizer, options.others, n_boxes=boxes, seed=seed + 1).corrupt
@@ -52,7 +56,7 @@ def main() -> None:
     found = find_mechanism(
         model,
         prompts,
-        ablation=pooled_ablation(model, others, batch_size=8),
+        ablation=pooled_ablation(model, others, batch_size=options.batch_size),
         target=options.target,
         agreement=options.agreement,
         circuit=None if options.circuit is None else Circuit.load(options.circuit),
@@ -60,7 +64,8 @@ def main() -> None:
         curve=options.curve,
         n_random=options.random,
         seed=seed,
-        batch_size=8,
+        batch_size=options.batch_size,
+        memory=None if options.memory is None else int(options.memory * GIB),
         progress=show,
     )
     seconds = {
