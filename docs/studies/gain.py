@@ -8,16 +8,21 @@ The prompts of the grafts have no part in the shares.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformer_lens import HookedTransformer
 
 from tl_entity import (
     Evaluation,
+    PromptBatch,
+    WeightShares,
     box_prompts,
     compare_behaviour,
     four_corners,
@@ -26,9 +31,14 @@ from tl_entity import (
     weight_shares,
 )
 from tl_entity.choices import GIB
+from tl_entity.methods.behaviour import Behaviour
+from tl_entity.methods.corners import FourCorners
 from tl_entity.methods.grafts import GraftCurve, Grafted
 from tl_entity.methods.shares_inside import Part
+from tl_entity.results import Result
 from tl_entity.tasks.boxes import sample_prompts
+
+Found = TypeVar("Found", bound=Result)
 
 SIZES = (5, 10, 20, 40, 80, 120, 160, 240, 320)
 """Units that are grafted."""
@@ -40,8 +50,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--adapter", help="the fine-tune is the model with it merged")
     parser.add_argument("--tuned", help="or a model of its own")
+    parser.add_argument("--shares", type=Path, help="take the shares that this file has")
     parser.add_argument("--prompts", type=int, default=300, help="for the shares")
-    parser.add_argument("--held-out", type=int, default=300, help="for the grafts")
+    parser.add_argument("--held-out", type=int, default=300, help="for the grafts; 0 for none")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--draws", type=int, default=3, help="of random units")
     parser.add_argument("--corners", type=int, default=100, help="prompts; 0 for no corners")
@@ -53,26 +64,109 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    how: dict[str, Any] = {"batch_size": options.batch_size}
-    if options.memory:
-        how["memory"] = int(options.memory * GIB)
-    base = load_model(options.model, device=options.device)
-    tuned = load_model(
-        options.tuned or options.model, adapter=options.adapter, device=options.device
+    pair = Pair(options)
+    content: dict[str, Any] = {"boxes": options.boxes, "seed": options.seed}
+    if options.shares is None:
+        shares = pair.measured("shares", pair.shares)
+    else:
+        shares = WeightShares.load(options.shares)
+    content |= share_numbers(shares, max(options.sizes))
+    sys.stdout.write(f"{shares}\n")
+    if options.held_out:
+        curve = pair.measured("grafts", lambda: pair.grafts(shares))
+        content |= {"held_out": options.held_out, "grafts": curve_numbers(curve)}
+        sys.stdout.write(f"{curve}\n")
+    if options.corners:
+        content["corners"] = rows(pair.measured("corners", pair.corners))
+    if options.behaviour:
+        content["behaviour"] = rows(pair.measured("behaviour", pair.behaviour))
+    content |= {"seconds": pair.seconds, "device": pair.device}
+    options.out.with_suffix(".json").write_text(
+        json.dumps(content, indent=1) + "\n", encoding="utf-8"
     )
-    clock = Clock(str(base.cfg.device))
 
-    def prompts(n: int, seed: int) -> Any:
-        return box_prompts(base.tokenizer, n, n_boxes=options.boxes, seed=seed)
 
-    shares = weight_shares(base, tuned, prompts(options.prompts, options.seed), **how)
-    shares.save(options.out.with_suffix(".shares.safetensors"))
-    clock.lap("shares")
-    content: dict[str, Any] = {
-        "prompts": options.prompts,
-        "held_out": options.held_out,
-        "boxes": options.boxes,
-        "seed": options.seed,
+class Pair:
+    """The two models, and what is measured of them.
+
+    Args:
+        options: of the command.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.seconds: dict[str, float] = {}
+
+    @functools.cached_property
+    def base(self) -> HookedTransformer:
+        """The model before."""
+        return load_model(self.options.model, device=self.options.device)
+
+    @functools.cached_property
+    def tuned(self) -> HookedTransformer:
+        """The model after."""
+        o = self.options
+        return load_model(o.tuned or o.model, adapter=o.adapter, device=o.device)
+
+    @property
+    def device(self) -> str | None:
+        """What all that is measured ran on; None if nothing was."""
+        if not self.seconds:
+            return None
+        device = str(self.base.cfg.device)
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+    def measured(self, name: str, measure: Callable[[], Found]) -> Found:
+        """What is measured, kept beside the JSON, and how long it took."""
+        start = time.perf_counter()
+        found = measure()
+        found.save(self.options.out.with_suffix(f".{name}.safetensors"))
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        sys.stderr.write(f"{name}: {self.seconds[name]} s\n")
+        return found
+
+    def prompts(self, n: int, offset: int) -> PromptBatch:
+        """Prompts of their own for each thing that is measured."""
+        o = self.options
+        return box_prompts(self.base.tokenizer, n, n_boxes=o.boxes, seed=o.seed + offset)
+
+    def shares(self) -> WeightShares:
+        """Every unit's share of the gain."""
+        o = self.options
+        memory = None if o.memory is None else int(o.memory * GIB)
+        prompts = self.prompts(o.prompts, 0)
+        return weight_shares(self.base, self.tuned, prompts, batch_size=o.batch_size, memory=memory)
+
+    def grafts(self, shares: WeightShares) -> GraftCurve:
+        """Both ways, beside units by size of their change and at random."""
+        o = self.options
+        sizes = [size for size in o.sizes if size < len(shares.units)]
+        prompts = self.prompts(o.held_out, 1)
+        return graft_curve(
+            self.base, self.tuned, prompts, shares, sizes=sizes, seeds=range(o.draws)
+        )
+
+    def corners(self) -> FourCorners:
+        """Base or fine-tune below a layer and above it."""
+        o = self.options
+        prompts = self.prompts(o.corners, 2)
+        return four_corners(self.base, self.tuned, prompts, batch_size=o.batch_size)
+
+    def behaviour(self) -> Behaviour:
+        """What needs no look inside."""
+        o = self.options
+        asked = [
+            prompt
+            for n_boxes in (3, 5, 7)
+            for prompt in sample_prompts(o.behaviour, n_boxes=n_boxes, seed=o.seed + 3)
+        ]
+        return compare_behaviour(self.base, self.tuned, asked, batch_size=o.batch_size)
+
+
+def share_numbers(shares: WeightShares, n_ranked: int) -> dict[str, Any]:
+    """The gain, what the shares sum to, by kind and by layer, and the first units."""
+    return {
+        "prompts": len(shares.gain_per_prompt),
         "gain": [shares.gain, *shares.gain_interval],
         "metric": shares.metric,
         "units": len(shares.units),
@@ -82,59 +176,13 @@ def main() -> None:
         "points": shares.n_points,
         "by_kind": {kind: part_numbers(part) for kind, part in shares.by_kind().items()},
         "by_layer": {str(layer): part_numbers(part) for layer, part in shares.by_layer().items()},
-        "ranked": [
-            [str(unit), round(shares.share(unit), 6)] for unit in shares.top(max(options.sizes))
-        ],
+        "ranked": [[str(unit), round(shares.share(unit), 6)] for unit in shares.top(n_ranked)],
     }
-    curve = graft_curve(
-        base,
-        tuned,
-        prompts(options.held_out, options.seed + 1),
-        shares,
-        sizes=[size for size in options.sizes if size < len(shares.units)],
-        seeds=range(options.draws),
-    )
-    curve.save(options.out.with_suffix(".grafts.safetensors"))
-    clock.lap("grafts")
-    content["grafts"] = curve_numbers(curve)
-    if options.corners:
-        corners = four_corners(base, tuned, prompts(options.corners, options.seed + 2), **how)
-        corners.save(options.out.with_suffix(".corners.safetensors"))
-        content["corners"] = json.loads(corners.to_dataframe().to_json(orient="records"))
-        clock.lap("corners")
-    if options.behaviour:
-        asked = [
-            prompt
-            for n_boxes in (3, 5, 7)
-            for prompt in sample_prompts(options.behaviour, n_boxes=n_boxes, seed=options.seed + 3)
-        ]
-        behaviour = compare_behaviour(base, tuned, asked, batch_size=options.batch_size)
-        behaviour.save(options.out.with_suffix(".behaviour.safetensors"))
-        content["behaviour"] = json.loads(behaviour.to_dataframe().to_json(orient="records"))
-        clock.lap("behaviour")
-    content["seconds"] = clock.seconds
-    content["device"] = clock.device
-    options.out.with_suffix(".json").write_text(
-        json.dumps(content, indent=1) + "\n", encoding="utf-8"
-    )
-    sys.stdout.write(f"{shares}\n{curve}\n")
 
 
-class Clock:
-    """Wall seconds of one part after another."""
-
-    def __init__(self, device: str) -> None:
-        self.device = (
-            torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
-        )
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """A part is done."""
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 1), now
-        sys.stderr.write(f"{name}: {self.seconds[name]} s\n")
+def rows(found: FourCorners | Behaviour) -> list[dict[str, Any]]:
+    """The rows of a result's table."""
+    return json.loads(found.to_dataframe().to_json(orient="records"))
 
 
 def part_numbers(part: Part) -> dict[str, Any]:
