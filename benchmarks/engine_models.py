@@ -14,6 +14,16 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from tl_entity import PairBatch, discovery_pairs, load_model
 from tl_entity.planning.plan import box_layout
 
+SMOLLM2 = {
+    "n_layers": 30,
+    "d_model": 576,
+    "n_heads": 9,
+    "n_kv_heads": 3,
+    "d_mlp": 1536,
+    "d_vocab": 49152,
+}
+"""SmolLM2-135M's sizes."""
+
 RANDOM: dict[str, dict[str, int]] = {
     "random-256": {"n_layers": 8, "d_model": 256, "n_heads": 8, "n_kv_heads": 8, "d_mlp": 704},
     "random-512": {"n_layers": 8, "d_model": 512, "n_heads": 8, "n_kv_heads": 2, "d_mlp": 1408},
@@ -26,8 +36,11 @@ RANDOM: dict[str, dict[str, int]] = {
         "d_mlp": 11008,
         "d_vocab": 32000,
     },
+    "random-qwen3": {**SMOLLM2, "use_qk_norm": True},
+    "random-mistral": {**SMOLLM2, "window_size": 32},
 }
-"""Llamas of random weights, made on the device."""
+"""Llamas of random weights, made on the device. Of SmolLM2's sizes one that normalises queries and
+keys, and one whose window is shorter than the prompts."""
 
 
 def model_and_pairs(name: str, options: argparse.Namespace) -> tuple[HookedTransformer, PairBatch]:
@@ -51,6 +64,7 @@ def llama_config(sizes: Mapping[str, int], device: str) -> HookedTransformerConf
     """The configuration of a Llama of some sizes."""
     n_heads, n_kv_heads = sizes["n_heads"], sizes["n_kv_heads"]
     d_head = sizes.get("d_head", sizes["d_model"] // n_heads)
+    window = sizes.get("window_size")
     return HookedTransformerConfig(
         n_layers=sizes["n_layers"],
         d_model=sizes["d_model"],
@@ -70,6 +84,10 @@ def llama_config(sizes: Mapping[str, int], device: str) -> HookedTransformerConf
         default_prepend_bos=False,
         init_weights=False,
         device=device,
+        use_qk_norm=bool(sizes.get("use_qk_norm")),
+        use_local_attn=window is not None,
+        window_size=window,
+        attn_types=None if window is None else ["local"] * sizes["n_layers"],
     )
 
 
@@ -98,7 +116,7 @@ def random_llama(sizes: Mapping[str, int], device: str, seed: int = 0) -> Hooked
         elif parameter.ndim == 2:
             weights = matrix(*shape) * shape[1] ** 0.5
         else:
-            weights = torch.full(shape, float("ln" in name), device=device)
+            weights = torch.full(shape, float("ln" in name or "norm" in name), device=device)
         set_parameter(model, name, weights)
     model.to(device, print_details=False)
     return model.requires_grad_(False).eval()

@@ -163,7 +163,6 @@ def test_progress_counts_every_run_once() -> None:
     ("changes", "reason"),
     [
         ({"positional_embedding_type": "standard"}, "not rotary"),
-        ({"use_qk_norm": True, "n_kv_heads": 2}, "queries and keys"),
         ({"parallel_attn_mlp": True}, "parallel"),
         ({"attn_scores_soft_cap": 30.0}, "scores are capped"),
         ({"output_logits_soft_cap": 30.0}, "logits are capped"),

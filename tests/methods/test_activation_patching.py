@@ -191,6 +191,6 @@ def test_bad_questions_are_refused() -> None:
         carries(model, {"a": lambda seed: pairs}, circuit, seeds=())
     with pytest.raises(InputError, match="no circuit for the desideratum 'a'"):
         carries(model, {"a": lambda seed: pairs}, {"b": circuit}, seeds=(0,))
-    unfit = random_model(use_qk_norm=True, n_kv_heads=2)
+    unfit = random_model(attn_scores_soft_cap=30.0, n_kv_heads=2)
     with pytest.raises(InputError, match='engine="hooks"'):
         activation_patch(unfit, pairs, circuit)

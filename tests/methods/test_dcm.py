@@ -410,6 +410,6 @@ def test_bad_questions_are_refused() -> None:
     found = learn_masks(model, pairs, HEADS, seeds=(0,), **how)
     with pytest.raises(InputError, match="No mask was trained at sparsity 3"):
         found.selection_share(3.0)
-    unfit = random_model(use_qk_norm=True, n_kv_heads=2)
+    unfit = random_model(attn_scores_soft_cap=30.0, n_kv_heads=2)
     with pytest.raises(InputError, match='engine="hooks"'):
         learn_mask(unfit, pairs, HEADS, **how)

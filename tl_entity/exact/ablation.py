@@ -24,6 +24,7 @@ from tl_entity.exact.blocks import (
     project,
     rotate,
     rows_within,
+    within_window,
 )
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.heads import Circuit, Head, HeadsAt, heads_by_position
@@ -202,16 +203,17 @@ class AblatedRun:
         def keys_and_values(resid: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             normalized = block.ln1(resid.flatten(0, -3)).view(resid.shape)
             k, v = (project(model, layer, which, normalized, reading) for which in ("k", "v"))
-            return rotate(model, layer, k, positions)[..., of_head, :], v[..., of_head, :]
+            return rotate(model, layer, "k", k, positions)[..., of_head, :], v[..., of_head, :]
 
         normalized = block.ln1(resid_pre.flatten(0, 1)).view(resid_pre.shape)
         q = project(model, layer, "q", normalized, heads)
+        every = torch.arange(self.prompts.tokens.shape[1], device=q.device)
         z = attend(
-            rotate(model, layer, q, tokens.rotary),
+            rotate(model, layer, "q", q, tokens.rotary),
             keys_and_values(self.resid_pre[layer], _rotary(self.prompts)),
-            tokens.sees_ablated,
+            within_window(model, layer, tokens.sees_ablated, tokens.index, every),
             keys_and_values(resid_pre, tokens.rotary),
-            tokens.sees_own,
+            within_window(model, layer, tokens.sees_own, tokens.index, tokens.index),
             block.attn.attn_scale,
         )
         where = torch.stack([tokens.where(some, layer, heads) for some in kept])

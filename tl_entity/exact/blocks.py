@@ -28,8 +28,8 @@ ROWS_TOGETHER = 512
 
 
 NOT_RECOMPUTED = (
-    *("positions", "parallel", "no MLPs", "norm after", "norm of queries", "scaled queries"),
-    *("shared heads apart", "local", "not causal", "capped scores", "capped logits", "sinks"),
+    *("positions", "parallel", "no MLPs", "norm after", "norm of all heads", "scaled queries"),
+    *("shared heads apart", "not causal", "capped scores", "capped logits", "sinks"),
     *("dynamic rotary", "clipped", "quantised"),
 )
 """Obstacles of `tl_entity.models.architecture` that the exact engine does not allow for."""
@@ -169,7 +169,8 @@ def project(
     normalized: Float[Tensor, "*rows d_model"],
     heads: list[int] | None = None,
 ) -> Float[Tensor, "*rows heads d_head"]:
-    """Queries, keys or values before the rotary embedding.
+    """Queries, keys or values as they are projected: not normalised yet, before the rotary
+    embedding.
 
     Given `heads`, those of these query heads (keys and values: of the key-value heads they read);
     otherwise all, where keys and values have one entry for each key-value head.
@@ -191,18 +192,51 @@ def project(
 def rotate(
     model: Model,
     layer: int,
+    which: HeadInput,
     vectors: Float[Tensor, "*rows pos head d_head"],
     positions: Int[Tensor, "*rows pos"],
 ) -> Float[Tensor, "*rows pos head d_head"]:
-    """Apply the layer's rotary embedding; `positions` are counted without padding."""
+    """Queries or keys as attention compares them: normalised where the model normalises each head's
+    (Qwen3), then after the layer's rotary embedding; `positions` are counted without padding."""
     attn = model.blocks[layer].attn
     dim = model.cfg.rotary_dim
+    if model.cfg.use_qk_norm:
+        norm = attn.q_norm if which == "q" else attn.k_norm
+        assert norm is not None
+        vectors = norm(vectors.reshape(-1, vectors.shape[-1])).view(vectors.shape)
     turned, rest = vectors[..., :dim], vectors[..., dim:]
     positions = positions.to(vectors.device)
     cos = attn.rotary_cos.to(vectors.device)[positions][..., None, :]
     sin = attn.rotary_sin.to(vectors.device)[positions][..., None, :]
     turned = turned * cos + attn.rotate_every_two(turned) * sin
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def window_of(model: Model, layer: int) -> int | None:
+    """How many tokens a token of this layer sees at most, itself among them; None for all."""
+    return model.cfg.window_size if model.blocks[layer].attn.attn_type == "local" else None
+
+
+def within_window(
+    model: Model,
+    layer: int,
+    sees: Bool[Tensor, "*#batch #query key"],
+    queries: Int[Tensor, "*#batch query"],
+    keys: Int[Tensor, "*#batch key"],
+) -> Bool[Tensor, "*#batch query key"]:
+    """Which keys a query sees, those left out that lie beyond the layer's sliding window.
+
+    Args:
+        model: the model.
+        layer: the layer.
+        sees: which it would see without a window.
+        queries: token index of each query.
+        keys: token index of each key.
+    """
+    window = window_of(model, layer)
+    if window is None:
+        return sees
+    return sees & (keys[..., None, :] > queries[..., :, None] - window)
 
 
 @piece(ATTENTION)

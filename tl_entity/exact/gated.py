@@ -26,6 +26,8 @@ from tl_entity.exact.blocks import (
     project,
     rotate,
     rows_within,
+    window_of,
+    within_window,
 )
 from tl_entity.exact.memory import halving, memory_budget
 from tl_entity.hooks.ablations import Ablation
@@ -244,6 +246,23 @@ class _Tokens:
         }
         return replace(self, **moved)
 
+    def seen_by(
+        self, model: Model, layer: int, at_last: bool
+    ) -> Bool[Tensor, "batch 1 queries key"] | None:
+        """Which tokens the tokens that are computed see in a layer; None where each sees all before
+        it."""
+        order = torch.arange(self.rotary.shape[1], device=self.rotary.device)
+        window = window_of(model, layer)
+        far = window is None or window >= len(order)
+        if self.sees is None and far and not at_last:
+            return None
+        queries = self.last[:, None] if at_last else order.expand(len(self.last), -1)
+        if self.sees is None:
+            sees = (order <= queries[..., None])[:, None]
+        else:
+            sees = self.at_queries(self.sees[:, 0], at_last)[:, None]
+        return within_window(model, layer, sees, queries[:, None], order)
+
     def at_queries(self, of_tokens: Tensor, at_last: bool) -> Tensor:
         """What `of_tokens` has at the tokens that are computed: all, or the answer's alone. Its
         first axis may hold several variants of the prompts."""
@@ -276,18 +295,13 @@ def _attention(
     some = None if len(heads) == model.cfg.n_heads else heads
     reading = some and [heads[of_head.index(index)] for index in range(len(own_kv))]
     q = project(model, layer, "q", tokens.at_queries(normalized, at_last), some)
-    q = rotate(model, layer, q, tokens.at_queries(rotary, at_last))
-    k = rotate(model, layer, project(model, layer, "k", normalized, reading), rotary)
+    q = rotate(model, layer, "q", q, tokens.at_queries(rotary, at_last))
+    k = rotate(model, layer, "k", project(model, layer, "k", normalized, reading), rotary)
     v = project(model, layer, "v", normalized, reading)
     if len(own_kv) < len(of_head):
         k, v = k[..., of_head, :], v[..., of_head, :]
     q, k, v = (vectors.transpose(1, 2) for vectors in (q, k, v))
-    sees = tokens.sees
-    if sees is None and at_last:
-        order = torch.arange(resid.shape[1], device=resid.device)
-        sees = (order <= tokens.last[:, None])[:, None, None]
-    elif sees is not None:
-        sees = sees if not at_last else tokens.at_queries(sees[:, 0], True)[:, None]
+    sees = tokens.seen_by(model, layer, at_last)
     z = F.scaled_dot_product_attention(
         q,
         k,

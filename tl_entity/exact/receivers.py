@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
-from tl_entity.exact.blocks import rotate
+from tl_entity.exact.blocks import rotate, within_window
 from tl_entity.heads import Node
 from tl_entity.hooks.points import HeadInput, hook_point, kv_head
 from tl_entity.tasks.batches import PromptBatch
@@ -49,17 +49,17 @@ class Receivers:
         self, inputs: Mapping[HeadInput, Float[Tensor, "batch pos receiver d_head"]]
     ) -> Float[Tensor, "batch pos receiver d_head"]:
         """The receivers' outputs with these inputs, of whole prompts."""
-        q, k = self.rotated(inputs["q"]), self.rotated(inputs["k"])
+        q, k = self.rotated("q", inputs["q"]), self.rotated("k", inputs["k"])
         q, k, v = (vectors.transpose(1, 2) for vectors in (q, k, inputs["v"]))
         scores = (q / self.scale) @ k.transpose(-1, -2)
         pattern = scores.masked_fill(~self.sees[:, None], float("-inf")).softmax(-1)
         return (pattern @ v).transpose(1, 2)
 
     def rotated(
-        self, vectors: Float[Tensor, "batch pos receiver d_head"]
+        self, which: HeadInput, vectors: Float[Tensor, "batch pos receiver d_head"]
     ) -> Float[Tensor, "batch pos receiver d_head"]:
-        """After the rotary embedding."""
-        return rotate(self.model, self.nodes[0].layer, vectors, self.places)
+        """Queries or keys after the rotary embedding."""
+        return rotate(self.model, self.nodes[0].layer, which, vectors, self.places)
 
     @property
     def scale(self) -> float:
@@ -79,7 +79,9 @@ class Receivers:
         mask = self.prompts.mask.to(self.inputs["q"].device)
         n = mask.shape[1]
         causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
-        return (causal & mask[:, None]) | torch.eye(n, dtype=torch.bool, device=mask.device)
+        sees = (causal & mask[:, None]) | torch.eye(n, dtype=torch.bool, device=mask.device)
+        every = torch.arange(n, device=mask.device)
+        return within_window(self.model, self.nodes[0].layer, sees, every, every)
 
 
 def _input_head(model: Model, which: HeadInput, node: Node) -> int:

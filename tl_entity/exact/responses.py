@@ -46,8 +46,8 @@ class Response:
     ) -> "Response":
         """From a receiver's clean inputs, and the tokens that read its keys and values."""
         inputs = receivers.inputs
-        q = receivers.rotated(inputs["q"])[:, :, 0] / receivers.scale
-        k, v = receivers.rotated(inputs["k"])[:, :, 0], inputs["v"][:, :, 0]
+        q = receivers.rotated("q", inputs["q"])[:, :, 0] / receivers.scale
+        k, v = receivers.rotated("k", inputs["k"])[:, :, 0], inputs["v"][:, :, 0]
         own = receivers.prompts.where(receivers.nodes[0].role).to(q.device)
         directions = directions * (reads.to(q.device) | own)[..., None].to(directions)
         scores = (q @ k.transpose(-1, -2)).masked_fill(~receivers.sees, float("-inf"))
@@ -74,7 +74,7 @@ class Response:
             change = new - self.v[at]
             gained = torch.einsum("snd,gnd->gsn", change, (weight @ self.directions)[every])
         else:
-            query = self._rotated(new, at) / self.receivers.scale
+            query = self._rotated("q", new, at) / self.receivers.scale
             scores = torch.einsum("snd,nud->snu", query, self.k[at[0]])
             seen = self.scores[at].isfinite()
             pattern = scores.masked_fill(~seen, float("-inf")).softmax(-1)
@@ -92,7 +92,7 @@ class Response:
         slots, there = _slots(rows, len(self.scores))
         slots, there = slots.to(new.device), there.to(new.device)
         keys = new.new_zeros(len(new), *slots.shape, new.shape[-1])
-        keys[:, there] = self._rotated(new, at)
+        keys[:, there] = self._rotated("k", new, at)
         changed = torch.zeros_like(self.own)
         changed[at] = True
         rest = self.scores.masked_fill(changed[:, None], float("-inf"))
@@ -111,11 +111,11 @@ class Response:
         return after - before[:, None]
 
     def _rotated(
-        self, new: Float[Tensor, "sender row d_head"], at: Sequence[Tensor]
+        self, which: HeadInput, new: Float[Tensor, "sender row d_head"], at: Sequence[Tensor]
     ) -> Float[Tensor, "sender row d_head"]:
         here = self.receivers
         places = here.places[at[0], at[1]].expand(len(new), -1)
-        return rotate(here.model, here.nodes[0].layer, new[:, :, None], places)[:, :, 0]
+        return rotate(here.model, here.nodes[0].layer, which, new[:, :, None], places)[:, :, 0]
 
 
 def _slots(

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_entity._model import Model
-from tl_entity.exact.blocks import attend, head_outputs, project, rotate
+from tl_entity.exact.blocks import attend, head_outputs, project, rotate, within_window
 from tl_entity.hooks.points import HeadInput, kv_head
 from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
@@ -126,17 +126,18 @@ class Window:
             index = [kv_head(model.cfg, head) for head in heads]
             ahead = [vectors[:, :, index] for vectors in ahead]
         causal = torch.ones(len(self), len(self), dtype=torch.bool, device=q.device).tril()
+        asking, prefix = here.tokens[:, queries], torch.arange(length, device=q.device)
         n = max(len(q), len(k), len(v))
-        rotated = rotate(model, layer, q, here.rotary[:, queries]).expand(n, -1, -1, -1, -1)
+        rotated = rotate(model, layer, "q", q, here.rotary[:, queries]).expand(n, -1, -1, -1, -1)
         return attend(
             edits.get("rot_q", _unchanged)(rotated),
             (ahead[0], ahead[1]),
-            here.before[:, None],
+            within_window(model, layer, here.before[:, None], asking, prefix),
             (
-                rotate(model, layer, k, here.rotary).expand(n, -1, -1, -1, -1),
+                rotate(model, layer, "k", k, here.rotary).expand(n, -1, -1, -1, -1),
                 v.expand(n, -1, -1, -1, -1),
             ),
-            causal[None, queries],
+            within_window(model, layer, causal[None, queries], asking, here.tokens),
             model.blocks[layer].attn.attn_scale,
             edits.get("attn_scores", _unchanged),
         )

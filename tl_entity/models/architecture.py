@@ -43,7 +43,6 @@ OBSTACLES: dict[str, Obstacle] = {
             bool(cfg.use_normalization_before_and_after) or cfg.original_architecture in OLMO
         ),
     ),
-    "norm of queries": Obstacle("it normalises queries and keys", _flag("use_qk_norm")),
     "norm of all heads": Obstacle(
         "it normalises the queries and keys of all heads together",
         lambda cfg: cfg.original_architecture in OLMO,
@@ -61,7 +60,6 @@ OBSTACLES: dict[str, Obstacle] = {
         "the inputs of its heads are set apart (use_attn_in, use_split_qkv_input)",
         lambda cfg: bool(cfg.use_attn_in or cfg.use_split_qkv_input),
     ),
-    "local": Obstacle("its attention is local", _flag("use_local_attn")),
     "not causal": Obstacle(
         "its attention is not causal", lambda cfg: cfg.attention_dir != "causal"
     ),
