@@ -17,7 +17,7 @@ from tl_entity import Head, PairBatch, mean_head_outputs, path_patch
 from tl_entity.exact.memory import memory_budget
 from tl_entity.heads import Circuit, HeadsAt
 from tl_entity.hooks.edits import Hook, freeze_heads, patch_heads
-from tl_entity.hooks.path_patching import Senders, _mlp_hook, _receiver_hooks
+from tl_entity.hooks.path_patching import Path, Senders, _mlp_hook, _receiver_hooks
 from tl_entity.hooks.points import HeadInput, hook_point, separate_kv_heads
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.methods.circuits import BATCH_SIZE, evaluate_circuits
@@ -228,7 +228,8 @@ def hooks_path_patching(
                 sender = [_mlp_hook(corrupt, head.layer, position, pairs)]
             hooks: list[Hook] = [*held, *sender]
             if receivers is not None and receiver_input is not None:
-                hooks = _receiver_hooks(model, pairs, hooks, position, receivers, receiver_input)
+                path = Path(senders, position, {receiver_input: receivers})
+                hooks = _receiver_hooks(model, pairs, hooks, path)
             logits = answer(model, pairs.clean, hooks)
             value = log_probability(logits, pairs.targets)
             return RELATIVE_PROBABILITY.change(value, clean_value)
