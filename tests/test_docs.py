@@ -53,10 +53,11 @@ def test_every_page_has_its_place_in_the_contents(site):
         assert page.relative_to(ROOT / "docs").with_suffix(".html").as_posix() in contents
 
 
-def test_every_number_of_a_study_is_that_of_its_files(monkeypatch):
+@pytest.mark.parametrize("study", ["qwen", "qwen_mechanism"])
+def test_every_number_of_a_study_is_that_of_its_files(study, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "studies"))
-    script = runpy.run_path(str(ROOT / "docs" / "studies" / "qwen.py"))
-    kept = (ROOT / "docs" / "studies" / "qwen.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "docs" / "studies" / f"{study}.py"))
+    kept = (ROOT / "docs" / "studies" / f"{study}.md").read_text(encoding="utf-8")
     assert script["page"]() == kept
 
 
