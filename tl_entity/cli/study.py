@@ -1,6 +1,7 @@
-"""`reproduce`, and a command for each of its experiments."""
+"""`reproduce`, a command for each of its experiments, and `study`, the same of any task."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_entity.cli.options import Option, add_options, given
@@ -16,6 +17,7 @@ from tl_entity.cli.shared import (
 from tl_entity.cli.terminal import bar, note, quieten, say, unheard
 from tl_entity.cli.values import model, names, numbers
 from tl_entity.study.settings import GROUPS, Settings, experiments_for
+from tl_entity.study.task_settings import TaskSettings
 
 METHODS = {
     "discover": "find the circuits, and nothing else",
@@ -40,6 +42,12 @@ EXAMPLES = """\
       one model alone, from a GGUF file, with the group sizes of the paper
   tl-entity reproduce --base models/llama --tuned-adapter my-lora --out study
       did a LoRA adapter change the mechanism? The fine-tune is the base with the adapter merged"""
+
+STUDY_EXAMPLES = """\
+  tl-entity study --task capitals --base models/llama --tuned models/llama-tuned --out capitals
+      a task that ships, without groups
+  tl-entity study --task pairs.jsonl --recipe recipe.json --base models/llama --tuned none
+      your own marked texts, with groups of your own"""
 
 _ONLY = "only these experiments, or those behind these figures or tables (base_knockout, masks), "
 
@@ -75,6 +83,13 @@ _SPECIAL = SPECIAL | {
     **{f"{role}_adapter": Option(metavar="ADAPTER", read=model) for role in ("base", "tuned")},
     "control_adapter": Option(metavar="ADAPTER", read=model),
     "sparsities": Option(flag="sparsity", metavar="X,...", read=numbers),
+    "task": Option(metavar="TASK"),
+    "recipe": Option(metavar="FILE"),
+    "knowing": Option(
+        metavar="NAMES",
+        read=names,
+        help="names of the file's marks that depend on what is asked (default: none)",
+    ),
     "only": Option(
         metavar="NAMES",
         read=names,
@@ -97,6 +112,7 @@ def add(commands: "Commands[OneLineParser]") -> None:
         usage="%(prog)s [options]",
     )
     _add_options(whole, {**_GROUPS, "output": ("only", "png")})
+    _add_study(commands)
     for name, what in METHODS.items():
         single = commands.add_parser(
             name,
@@ -109,8 +125,25 @@ def add(commands: "Commands[OneLineParser]") -> None:
         single.set_defaults(only=() if name == "discover" else (name,))
 
 
-def _add_options(command: OneLineParser, groups: dict[str, tuple[str, ...]]) -> None:
-    add_options(command, Settings, groups, _SPECIAL)
+def _add_study(commands: "Commands[OneLineParser]") -> None:
+    command = commands.add_parser(
+        "study",
+        help="the same of another task: one that ships, or a file of your own",
+        description="Studies a base model and its fine-tune on a task that ships, or on a file of "
+        "marked texts. With a recipe it finds circuits of groups and tests them, as reproduce "
+        "does; without one it does what needs no groups. Finished steps are kept in the output "
+        "folder.",
+        epilog=f"examples:\n{STUDY_EXAMPLES}\n",
+        usage="%(prog)s --task TASK [options]",
+    )
+    groups = {"task": ("task", "recipe", "knowing", "joined"), **_GROUPS}
+    _add_options(command, {**groups, "output": ("only", "png")}, TaskSettings)
+
+
+def _add_options(
+    command: OneLineParser, groups: Mapping[str, Sequence[str]], settings: type = Settings
+) -> None:
+    add_options(command, settings, groups, _SPECIAL)
     add_gguf(command, "models")
     add_out(command, "folder for the report and all else", "results")
     command.group("output").add_argument(
@@ -134,8 +167,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """
     base = name_of_base(options)
     tuned = options.tuned or (base if options.tuned_adapter else "default-tuned")
-    by_name = options.command == "reproduce" and options.only is not None
-    found: dict[str, Any] = given(Settings, options) | {
+    by_name = options.command in ("reproduce", "study") and options.only is not None
+    kind = TaskSettings if options.command == "study" else Settings
+    found: dict[str, Any] = given(kind, options) | {
         "base": base,
         "tuned": None if tuned == "none" else tuned,
         "control": options.control or (base if options.control_adapter else None),
@@ -145,11 +179,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         # A method's own command may ask for nothing more than the circuits.
         "only": experiments_for(options.only or ()) if options.only or by_name else options.only,
     }
-    return Settings(**found)
+    return kind(**found)
 
 
 def _run(options: argparse.Namespace) -> None:
     settings = settings_of(options)
+    if isinstance(settings, TaskSettings):
+        settings.check_files()
     check_early(
         models=tuple(settings.sources.values()),
         adapters=tuple(settings.adapters.values()),

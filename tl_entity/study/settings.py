@@ -10,11 +10,10 @@ from typing import Any
 from tl_entity._typing import checked
 from tl_entity.choices import GIB, AblationKind, Dtype, Engine, MatmulPrecision
 from tl_entity.errors import InputError, did_you_mean
-from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
+from tl_entity.heads import Circuit
 from tl_entity.models.registry import planted_circuit, public_name
-
-GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
-"""The four groups, in the order of discovery."""
+from tl_entity.studies.entity_tracking import GROUPS as GROUPS
+from tl_entity.studies.entity_tracking import default_receivers, default_sizes
 
 EXPERIMENTS: tuple[str, ...] = (
     "faithfulness",
@@ -50,12 +49,6 @@ figures may have the model's role in front."""
 OF_TWO_MODELS = frozenset({"cmap", "comparison"})
 """Experiments that need a second model, of the same architecture."""
 
-PAPER_HEADS = 1024
-PAPER_SIZES = (40, 7, 20, 5)
-PAPER_RECEIVERS = (20, 5, 10)
-"""Llama-7B's head count, circuit sizes, and how many of a group the next stage patched into."""
-
-SMALLEST_GROUP = 2
 FEWEST_PAIRS = 8
 """With fewer prompts answered right, there is no score worth the name."""
 
@@ -298,25 +291,13 @@ def resolve_sizes(settings: Settings, n_heads: int) -> tuple[dict[str, int], dic
             more heads than the model has.
     """
     known = settings.planted("base")
-    if settings.sizes is not None:
-        sizes = dict(settings.sizes)
-    elif known is not None:
-        sizes = {group: len(known[group]) for group in GROUPS}
-    else:
-        scaled = (round(size * n_heads / PAPER_HEADS) for size in PAPER_SIZES)
-        sizes = {
-            group: min(n_heads, max(SMALLEST_GROUP, size))
-            for group, size in zip(GROUPS, scaled, strict=True)
-        }
+    sizes = default_sizes(known, n_heads) if settings.sizes is None else dict(settings.sizes)
     if settings.receiver_sizes is not None:
         receivers = dict(settings.receiver_sizes)
     elif known is not None and settings.sizes is None:
         receivers = {group: sizes[group] for group in GROUPS[:-1]}
     else:
-        receivers = {
-            group: min(sizes[group], max(SMALLEST_GROUP, round(sizes[group] * part / whole)))
-            for group, part, whole in zip(GROUPS[:-1], PAPER_RECEIVERS, PAPER_SIZES, strict=False)
-        }
+        receivers = default_receivers(sizes)
     for what, counts in (("The group", sizes), ("The receivers of the group", receivers)):
         for group, count in counts.items():
             if not 1 <= count <= n_heads:

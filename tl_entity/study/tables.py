@@ -18,7 +18,7 @@ AS_PUBLISHED = "tuned_into_base_as_published"
 """CMAP with the heads that the paper patches, among the results."""
 
 COLUMNS: Mapping[str, str] = {
-    "accuracy": "boxes correct prompts accuracy low high",
+    "accuracy": "boxes right correct prompts accuracy low high",
     "circuits": "group position head score",
     "faithfulness": "ablation kept correct prompts accuracy low high "
     "faithfulness faithfulness_low faithfulness_high",
@@ -88,13 +88,19 @@ def scores_by_ablation(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping
     faithfulness."""
     return [
         (ablation, kept, score)
-        for ablation, part in {found["ablation"]: found, "index": found["by_index"]}.items()
+        for ablation, part in by_ablation(found).items()
         for kept, score in {
             "its circuit": part,
             "every head at its positions": part["every_head"],
             **{f"circuit of {role}": score for role, score in part["other_circuits"].items()},
         }.items()
     ]
+
+
+def by_ablation(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of a model's faithfulness in results.json: what stands there of each ablation."""
+    beside = {"index": found["by_index"]} if "by_index" in found else {}
+    return {found["ablation"]: found, **beside}
 
 
 def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tl_entity.plots.render import figure_html, figure_script, plotly_script
+from tl_entity.study.report.cells import is_of_boxes
 from tl_entity.study.report.circuits import circuit_sections
 from tl_entity.study.report.mechanism import mechanism_sections
 from tl_entity.study.report.story import again_values, first_sections, paper_values
@@ -72,11 +73,12 @@ def render_report(
     """
     whole = json.loads(results)
     title = " and ".join(model["label"] for model in whole["models"].values())
+    what = "Entity tracking" if is_of_boxes(whole) else whole["task"]["name"]
     return (
         _environment()
         .get_template("page.html")
         .render(
-            title=f"Entity tracking in {title}",
+            title=f"{what} in {title}",
             style=_asset("page.css"),
             plotly=Markup(plotly_script().read_text(encoding="utf-8")),
             script=Markup(figure_script()),
@@ -96,9 +98,11 @@ def _sections(
     content = {**whole, "models": models}
     found = [Section(*each) for each in first_sections(whole, problem)]
     if models:
-        found += [Section(*each) for each in circuit_sections(content)]
+        if all("discovery" in model for model in models.values()):
+            found += [Section(*each) for each in circuit_sections(content)]
         found += [Section(*each) for each in mechanism_sections(content, tables)]
-    if models and all("faithfulness" in model for model in models.values()):
+    tested = bool(models) and all("faithfulness" in model for model in models.values())
+    if tested and is_of_boxes(content):
         found.append(Section("paper", "Beside the paper", paper_values(content)))
     found.append(Section("again", "Settings, versions, running it again", again_values(whole)))
     return found
