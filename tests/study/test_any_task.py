@@ -267,6 +267,7 @@ def test_a_design_from_python(place, tmp_path):
     shared = set(found[0]["mover"]) & set(found[1]["mover"])
     assert len(results["same_circuit"]["whole"]["shared"]) == len(shared)
     assert results["task"]["name"] == "two boxes"
+    assert "no command runs it again" in (tmp_path / "report.html").read_text()
     with pytest.raises(InputError, match="no dcm of the task two boxes: it has no kinds"):
         replace(design, experiments=("dcm",))
     with pytest.raises(InputError, match="no comparison of the task two boxes: it is done on a"):

@@ -194,6 +194,7 @@ class StudyDesign:
         task: what they do.
         recipe: how their circuits are found; None to find no groups.
         experiments: what is done, besides accuracy; None for all that task and recipe allow.
+        from_python: whether no settings stand for it.
 
     Raises:
         InputError: if an experiment needs a recipe, or kinds of information, that is not there.
@@ -202,6 +203,7 @@ class StudyDesign:
     task: StudyTask
     recipe: Recipe | None = None
     experiments: tuple[str, ...] | None = None
+    from_python: bool = True
 
     def __post_init__(self) -> None:
         check_experiments(self.experiments or (), self.task.name, **self._has)

@@ -88,6 +88,7 @@ class StudiedTask:
         example: a prompt, token by token.
         positions: where the named positions are in it.
         answer: what should follow it.
+        from_python: whether the task was given from Python, so that no command stands for it.
     """
 
     name: str = NAME
@@ -97,6 +98,7 @@ class StudiedTask:
     example: tuple[str, ...] = ()
     positions: Mapping[str, int] = field(default_factory=dict[str, int])
     answer: str = ""
+    from_python: bool = False
 
     @property
     def words(self) -> Words:

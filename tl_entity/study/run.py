@@ -179,6 +179,7 @@ class Run:
                 for name, at in prompts.positions.items()
                 if int(at[0]) in kept
             },
+            from_python=self.design.from_python,
             answer=str(tokenizer.decode(prompts.answers[:1].tolist())).strip(),
         )
 

@@ -86,9 +86,10 @@ def design_of(settings: Settings, n_heads: int) -> StudyDesign:
     """
     if not isinstance(settings, TaskSettings):
         recipe = paper_recipe(*resolve_sizes(settings, n_heads))
-        return StudyDesign(box_task(settings.boxes), recipe, settings.only)
+        return StudyDesign(box_task(settings.boxes), recipe, settings.only, from_python=False)
     settings.check_files()
-    return StudyDesign(_task(settings), _recipe(settings, n_heads), settings.only)
+    recipe = _recipe(settings, n_heads)
+    return StudyDesign(_task(settings), recipe, settings.only, from_python=False)
 
 
 def _task(settings: TaskSettings) -> StudyTask:

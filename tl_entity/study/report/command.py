@@ -56,7 +56,7 @@ def command(settings: dict[str, Any]) -> str:
     if settings["pairs"] is not None:
         words += ["--pairs", str(settings["pairs"])]
     words += ["--boxes", str(settings["boxes"])]
-    if settings.get("recipe", PAPER) == PAPER and settings["sizes"]:
+    if settings.get("recipe", PAPER) == PAPER and set(settings["sizes"]) == set(GROUPS):
         words += _sizes(settings)
     words += ["--random-circuits", str(settings["random_circuits"])]
     words += ["--mask-pairs", str(settings["mask_pairs"])]

@@ -234,7 +234,7 @@ def again_values(whole: dict[str, Any]) -> dict[str, Any]:
     """How to do it again."""
     settings = whole["settings"]
     return {
-        "command": command(settings),
+        "command": None if whole["task"]["from_python"] else command(settings),
         "settings": table(
             ["setting", "value"],
             [
