@@ -15,12 +15,13 @@ from tl_entity.cli.shared import (
     name_of_base,
 )
 from tl_entity.cli.terminal import bar, note, quieten, say, unheard
-from tl_entity.cli.values import model, names, numbers
+from tl_entity.cli.values import json_object, model, names, numbers
 from tl_entity.study.settings import GROUPS, Settings, experiments_for
 from tl_entity.study.task_settings import TaskSettings
 
 METHODS = {
     "discover": "find the circuits, and nothing else",
+    "mechanism": "the fewest nodes that alone answer as the model does; needs no circuits",
     "faithfulness": "how much of the accuracy the circuit has alone, beside random circuits",
     "completeness": "the circuit and the model without the same heads",
     "minimality": "what the circuit loses with each of its heads",
@@ -30,8 +31,15 @@ METHODS = {
     "knockout": "where information passes between tokens, by attention knockout",
     "cmap": "heads of one model in the other, both ways",
     "comparison": "the two circuits compared",
+    "gain": "which weights bring what fine-tuning gained; needs no circuits",
 }
-"""Commands that do one experiment of `reproduce`, after the circuits that it rests on."""
+"""Commands that do one experiment of `reproduce`, after what it rests on."""
+
+_CIRCUITS_FIRST = "Accuracy and circuits come first, unless the output folder has them."
+
+_BEFORE: Mapping[str, str] = dict.fromkeys(
+    ["mechanism", "gain"], "Accuracy comes first, unless the output folder has it."
+)
 
 EXAMPLES = """\
   tl-entity reproduce
@@ -55,6 +63,8 @@ _GROUPS = {
     "models": ("base", "base_adapter", "tuned", "tuned_adapter", "control", "control_adapter"),
     "prompts": ("prompts", "pairs", "boxes", "all_pairs", "seed"),
     "circuits": ("sizes", "receiver_sizes", "random_circuits", "ablation", "ceiling"),
+    "mechanism": ("mechanism_prompts", "target", "agreement", "gate_training", "edges"),
+    "gain": ("gain_prompts",),
     "what heads carry": ("mask_pairs", "sparsities", "mask_seeds", "draws"),
     "how it is computed": (
         "engine",
@@ -82,6 +92,12 @@ _SPECIAL = SPECIAL | {
     ),
     **{f"{role}_adapter": Option(metavar="ADAPTER", read=model) for role in ("base", "tuned")},
     "control_adapter": Option(metavar="ADAPTER", read=model),
+    "gate_training": Option(
+        metavar="JSON",
+        read=json_object,
+        help="how the mechanism's gates are trained, where not as usual: fields of GateTraining, "
+        'such as \'{"steps": 12, "precision": "bfloat16"}\'',
+    ),
     "sparsities": Option(flag="sparsity", metavar="X,...", read=numbers),
     "task": Option(metavar="TASK"),
     "recipe": Option(metavar="FILE"),
@@ -117,8 +133,7 @@ def add(commands: "Commands[OneLineParser]") -> None:
         single = commands.add_parser(
             name,
             help=what,
-            description=f"{what.capitalize()}. Accuracy and circuits come first, unless the output "
-            "folder has them.",
+            description=f"{what.capitalize()}. {_BEFORE.get(name, _CIRCUITS_FIRST)}",
             usage="%(prog)s [options]",
         )
         _add_options(single, _GROUPS)

@@ -27,7 +27,7 @@ STUDY = "results.safetensors"
 SETTINGS = f"{STEPS}/settings.json"
 """What the steps of a folder were begun with."""
 
-SHOWN_OR_ADDED = ("only", "png", "ceiling")
+SHOWN_OR_ADDED = ("only", "png", "ceiling", "edges")
 """Settings by which a study is shown, or has more or fewer experiments."""
 
 OF_RECIPE = ("recipe", "sizes", "receiver_sizes")
@@ -98,7 +98,8 @@ def joined(out: Path, settings: Settings) -> Settings:
         known = [name for name in theirs if name in EXPERIMENTS]
         both = tuple(dict.fromkeys([*known, *settings.only]))
     ceiling = settings.ceiling or earlier.get("ceiling") is True
-    return dataclasses.replace(settings, only=both, ceiling=ceiling)
+    edges = settings.edges or earlier.get("edges") is True
+    return dataclasses.replace(settings, only=both, ceiling=ceiling, edges=edges)
 
 
 def has_circuits(out: Path) -> bool:

@@ -15,6 +15,7 @@ from tl_entity.study.bench import Progress, silent
 from tl_entity.study.folder import check_same_study, has_circuits, joined, note_settings
 from tl_entity.study.models import Models, check_fits
 from tl_entity.study.models import model_fingerprint as model_fingerprint
+from tl_entity.study.nodes import gate_training
 from tl_entity.study.run import Run
 from tl_entity.study.settings import OF_TWO_MODELS, Settings
 from tl_entity.study.store import Record, Store
@@ -63,6 +64,7 @@ def reproduce(
     out = Path(out)
     check_writable(out)
     check_device(settings.device)
+    gate_training(settings)
     with ExitStack() as held:
         # Of several processes the first one has the folder, and tells the others if it can't.
         from_first(lambda: held.enter_context(sole_worker(out, wait=wait, say=say)))

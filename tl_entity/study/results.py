@@ -25,6 +25,8 @@ from tl_entity.study.experiment_results import (
     MinimalityByAblation,
     Transfer,
 )
+from tl_entity.study.gain_results import Gain
+from tl_entity.study.mechanism_results import MechanismOfModel, SameMechanism
 from tl_entity.study.settings import Settings
 from tl_entity.study.task_settings import TaskSettings
 
@@ -114,6 +116,7 @@ class ModelFindings(Result):
         about: the model.
         accuracy: its accuracy.
         no_circuit: why no circuit was looked for in it; None if one was.
+        mechanism: the fewest nodes that alone answer as it does.
         pairs: those the circuit was found from.
         discovery: the circuit.
         faithfulness: what the circuit does alone.
@@ -129,6 +132,7 @@ class ModelFindings(Result):
     about: About
     accuracy: AccuracyByBoxes | AccuracyOnTask
     no_circuit: str | None
+    mechanism: MechanismOfModel | None = None
     pairs: KeptPairs | None = None
     discovery: Discovery | None = None
     faithfulness: CircuitsAlone | None = None
@@ -162,6 +166,7 @@ class ModelFindings(Result):
         done = {
             name: plain(found)
             for name in (
+                "mechanism",
                 "pairs",
                 "discovery",
                 "faithfulness",
@@ -198,9 +203,11 @@ class Study(Result):
         versions: of the software.
         models: by role.
         not_compared: why the models were not compared; None if they could be.
+        same_mechanism: which nodes both mechanisms have.
         same_circuit: which heads both circuits have.
         control: the model whose heads stand beside the fine-tune's.
         cmap: heads of one model patched into another, by name.
+        gain: where the fine-tune's gain lies.
         verdict: the answers.
         task: what it is of.
     """
@@ -217,6 +224,8 @@ class Study(Result):
     cmap: Mapping[str, Transfer] = field(default_factory=dict[str, Transfer])
     verdict: tuple[Finding, ...] = ()
     task: StudiedTask = field(default_factory=StudiedTask)
+    same_mechanism: SameMechanism | None = None
+    gain: Gain | None = None
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.models.values()))
@@ -253,6 +262,7 @@ class Study(Result):
             "task": plain(self.task),
             "models": plain(self.models),
             "not_compared": self.not_compared,
+            "same_mechanism": plain(self.same_mechanism),
             "same_circuit": plain(self.same_circuit),
             "control": None
             if control is None
@@ -260,6 +270,7 @@ class Study(Result):
                 key: getattr(control, key) for key in ("name", "label", "adapter", "fingerprint")
             },
             "cmap": plain(self.cmap),
+            "gain": plain(self.gain),
             "verdict": plain(self.verdict),
         }
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from tl_entity.errors import InputError
 from tl_entity.heads import Circuit
 from tl_entity.methods.compare import Comparison, compare
+from tl_entity.methods.mechanism_result import Mechanism
 from tl_entity.ranks import n_ranks
 from tl_entity.studies.design import StudyDesign
 from tl_entity.studies.entity_tracking import NAME
@@ -25,9 +27,25 @@ from tl_entity.study.experiments import (
     why_no_circuit,
 )
 from tl_entity.study.flow import knock_out_flow
+from tl_entity.study.gain import find_gain
+from tl_entity.study.gain_results import Gain
 from tl_entity.study.information import learn_what_groups_carry, patch_what_groups_carry
+from tl_entity.study.mechanism_results import (
+    CIRCUIT,
+    FoundEdges,
+    MechanismOfModel,
+    SameMechanism,
+)
 from tl_entity.study.models import Facts, Models, about, labels
 from tl_entity.study.necessity import measure_completeness, measure_minimality
+from tl_entity.study.nodes import (
+    AGAIN,
+    compare_nodes,
+    find_nodes,
+    leave_alone,
+    leave_circuit_alone,
+    score_edges,
+)
 from tl_entity.study.results import ModelFindings, StudiedTask, Study
 from tl_entity.study.settings import Settings
 from tl_entity.study.store import Store
@@ -79,6 +97,7 @@ class Run:
             apart: why the models can't be compared; None if they can.
         """
         settings, names = self.settings, labels(self.settings)
+        alike = apart is None
         for role in settings.models:
             self.benches[role] = self._bench(role)
             others = self.models if apart is None else {}
@@ -88,6 +107,7 @@ class Run:
             elif apart is None and self.design.recipe is not None:
                 apart = f"no circuit was found in {names[role]}."
             self.models[role] = found
+        self._put_beside_mechanisms(alike)
         recipe = self.design.recipe
         study = Study(
             settings=settings,
@@ -103,6 +123,8 @@ class Run:
             else about(settings, "control", names["control"], self.facts["control"]),
             cmap=self._transfers() if apart is None else {},
             task=self._task(),
+            same_mechanism=self._compare_mechanisms() if alike else None,
+            gain=self._gain() if alike else None,
         )
         return dataclasses.replace(study, verdict=verdict(study))
 
@@ -155,6 +177,8 @@ class Run:
             circuit = found["discovery"].circuit
             if self.design.task.name == NAME:
                 found["planted"] = settings.planted(role)
+        if self.design.wants("mechanism"):
+            found["mechanism"] = MechanismOfModel(find_nodes(bench))
         return ModelFindings(known, accuracy, None, **found, **_experiments(bench, circuit, others))
 
     def _task(self) -> StudiedTask:
@@ -183,6 +207,49 @@ class Run:
             answer=str(tokenizer.decode(prompts.answers[:1].tolist())).strip(),
         )
 
+    def _put_beside_mechanisms(self, alike: bool) -> None:
+        """See what else is left alone on the prompts of each model's mechanism, and its edges.
+
+        Args:
+            alike: whether the models can be compared.
+        """
+        mechanisms = {
+            role: model.mechanism.found.mechanism
+            for role, model in self.models.items()
+            if model.mechanism is not None
+        }
+        for role, mechanism in mechanisms.items():
+            bench, model = self.benches[role], self.models[role]
+            if mechanism is None or model.mechanism is None:
+                continue
+            others = {
+                other: leave_alone(bench, theirs, other)
+                for other, theirs in mechanisms.items()
+                if other != role and theirs is not None and alike
+            }
+            if model.discovery is not None:
+                others[CIRCUIT] = leave_circuit_alone(bench, model.circuit)
+            wants_again = self.settings.ceiling and role == "base"
+            found = dataclasses.replace(
+                model.mechanism,
+                beside=others,
+                again=find_nodes(bench, which=AGAIN) if wants_again else None,
+                edges=self._edges(role, mechanism) if self.settings.edges else None,
+            )
+            self.models[role] = dataclasses.replace(model, mechanism=found)
+
+    def _edges(self, role: str, mechanism: Mechanism) -> FoundEdges:
+        if role not in self.pairs:
+            try:
+                self.pairs[role], _ = draw_pairs(self.benches[role])
+            except InputError as reason:
+                return FoundEdges(None, str(reason))
+        return score_edges(self.benches[role], mechanism, self.pairs[role])
+
+    def _compare_mechanisms(self) -> SameMechanism | None:
+        found = {role: m.mechanism for role, m in self.models.items() if m.mechanism is not None}
+        return compare_nodes(found) if len(found) == 2 else None
+
     def _compare(self) -> Comparison | None:
         """Heads that both circuits have, beside what the base's shares with itself, found again."""
         base, tuned = (self.models[role].discovery for role in ("base", "tuned"))
@@ -195,6 +262,13 @@ class Run:
             paired=self.pairs["base"].same_as(self.pairs["tuned"]),
             again=find_circuit_again(self.benches["base"]) if self.settings.ceiling else None,
         )
+
+    def _gain(self) -> Gain | None:
+        """Where the fine-tune's gain over the base lies."""
+        if not self.design.wants("gain"):
+            return None
+        fingerprint = self.facts["tuned"].fingerprint
+        return find_gain(self.benches["base"], self.loaded["tuned"], fingerprint, self.models)
 
     def _transfers(self) -> dict[str, Transfer]:
         """Heads of each model in the other, and those of the control in the base, by name."""

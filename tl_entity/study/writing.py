@@ -8,7 +8,9 @@ from tl_entity.plots.render import PngRenderer, plotly_script
 from tl_entity.results import pack
 from tl_entity.study.figures import figures_of, single_heatmaps
 from tl_entity.study.folder import STUDY
+from tl_entity.study.gain_figures import gain_figures
 from tl_entity.study.mechanism_figures import mechanism_figures
+from tl_entity.study.node_figures import node_figures
 from tl_entity.study.report import figure_page, render_report
 from tl_entity.study.results import Study
 from tl_entity.study.store import REPORT, RESULTS, Store, to_json
@@ -23,7 +25,12 @@ def write_study(store: Store, study: Study, say: Callable[[str], object]) -> Non
         study: what was found.
         say: told what else a person should know.
     """
-    figures = {**figures_of(study), **mechanism_figures(study)}
+    figures = {
+        **figures_of(study),
+        **node_figures(study),
+        **mechanism_figures(study),
+        **gain_figures(study),
+    }
     tables = tables_of(study)
     for name, table in tables.items():
         store.write(f"tables/{name}.csv", table.to_csv(index=False))

@@ -102,6 +102,25 @@ def ratio_text(found: Mapping[str, Any]) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """How often what is left alone answers as the whole model does."""
+    low, high = found["agreement_interval"]
+    return f"{found['agreement']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def mechanism_sentence(model: Mapping[str, Any]) -> str:
+    """What was found in a model, in a sentence."""
+    found = model["mechanism"]
+    if "nodes" not in found:
+        return f"In {model['label']} no mechanism could be looked for: {found['why_not']}"
+    alone, n, n_all = found["alone"], len(found["nodes"]), found["n_all"]
+    return (
+        f"In {model['label']} {n} of {n_all} nodes ({n / n_all:.0%}) alone keep "
+        f"{ratio_text(alone)} of its accuracy of {alone['model']['accuracy']:.3f}, and answer "
+        f"{agreement_text(alone)} of {alone['model']['prompts']} prompts as the whole model does."
+    )
+
+
 def number_text(value: float | None) -> str:
     """A number to two places."""
     return NO_VALUE if value is None else signed(f"{value:.2f}")

@@ -1,17 +1,20 @@
 """The findings for a terminal, and the command that finds them again."""
 
+import json
 import shlex
 from typing import Any
 
 from tl_entity.studies.entity_tracking import GROUPS
 from tl_entity.study.report.cells import (
     main_accuracy,
+    mechanism_sentence,
     prompts_words,
     ratio_text,
     share_text,
     size,
     sizes_text,
 )
+from tl_entity.study.settings import Settings
 from tl_entity.study.task_settings import PAPER
 
 
@@ -24,6 +27,8 @@ def summary(results: dict[str, Any]) -> list[str]:
         if model["no_circuit"] is not None:
             lines.append(f"{model['label']}: no circuit was looked for; {model['no_circuit']}.")
             continue
+        if "mechanism" in model:
+            lines.append(mechanism_sentence(model))
         if "circuit" not in model:
             continue
         sizes = sizes_text(model["circuit"], results["task"]["groups"])
@@ -59,6 +64,7 @@ def command(settings: dict[str, Any]) -> str:
     if settings.get("recipe", PAPER) == PAPER and set(settings["sizes"]) == set(GROUPS):
         words += _sizes(settings)
     words += ["--random-circuits", str(settings["random_circuits"])]
+    words += _mechanism(settings)
     words += ["--mask-pairs", str(settings["mask_pairs"])]
     words += ["--sparsity", ",".join(map(str, settings["sparsities"]))]
     words += ["--mask-seeds", str(settings["mask_seeds"]), "--draws", str(settings["draws"])]
@@ -77,6 +83,17 @@ def command(settings: dict[str, Any]) -> str:
     if settings["device"] is not None:
         words += ["--device", settings["device"]]
     return shlex.join([*words, "--out", "results"])
+
+
+def _mechanism(settings: dict[str, Any]) -> list[str]:
+    """The options of mechanism and gain, where they are not the usual ones."""
+    words: list[str] = []
+    for name in ("mechanism_prompts", "target", "agreement", "gain_prompts"):
+        if settings[name] != getattr(Settings, name):
+            words += [f"--{name.replace('_', '-')}", f"{settings[name]:g}"]
+    if settings["gate_training"] is not None:
+        words += ["--gate-training", json.dumps(settings["gate_training"])]
+    return words + ["--edges"] * settings["edges"]
 
 
 def _sizes(settings: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from tl_entity.study.report.cells import (
     Table,
     is_of_boxes,
     main_accuracy,
+    mechanism_sentence,
     prompts_words,
     ratio_text,
     share_text,
@@ -125,6 +126,11 @@ def _glance_values(whole: dict[str, Any], problem: str | None) -> dict[str, Any]
         ],
         "plainly": _plainly(whole["verdict"]),
         "headline": unbroken(headline([Finding(**found) for found in whole["verdict"]])),
+        "mechanisms": [
+            unbroken(mechanism_sentence(model))
+            for model in models.values()
+            if "nodes" in model.get("mechanism", {})
+        ],
         "groups": groups,
         "words": POSITION_WORDS,
         "picture": f"{next(iter(circuits))}_circuit" if circuits else None,
