@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from tl_entity.methods.dcm import learn_mask as learn_mask
     from tl_entity.methods.dcm import learn_masks as learn_masks
     from tl_entity.methods.discovery import Discovery as Discovery
-    from tl_entity.methods.discovery import Stage as Stage
     from tl_entity.methods.discovery import discover_circuit as discover_circuit
     from tl_entity.methods.edges import Edge as Edge
     from tl_entity.methods.edges import Edges as Edges
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.path_patching import path_patch as path_patch
     from tl_entity.methods.path_patching import path_patch_mlps as path_patch_mlps
     from tl_entity.methods.random_circuits import random_circuits as random_circuits
+    from tl_entity.methods.stages import Stage as Stage
     from tl_entity.methods.weight_shares import WeightShares as WeightShares
     from tl_entity.methods.weight_shares import weight_shares as weight_shares
     from tl_entity.methods.weight_units import Unit as Unit
@@ -166,7 +166,7 @@ _HOME = {
     "resample_ablation": "methods.ablations",
     "Runner": "runs.runner",
     "Scores": "scores",
-    "Stage": "methods.discovery",
+    "Stage": "methods.stages",
     "summarize_attention": "methods.attention",
     "task_pairs": "tasks.shipped.draw",
     "task_prompts": "tasks.shipped.draw",

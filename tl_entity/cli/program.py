@@ -20,8 +20,9 @@ examples:
       every option; each command has a page of its own
 
 a task of your own:
-  from Python, with prompts in which words are marked: marked_pairs, discover_circuit and all else
-  work on them. notebooks/05_your_own_task.ipynb and docs/howto/own_task.md have the whole way.
+{study.STUDY_EXAMPLES}
+  From Python, all methods work on prompts in which words are marked (marked_pairs).
+  notebooks/05_your_own_task.ipynb and docs/howto/own_task.md have the whole way.
 """
 
 

@@ -1,6 +1,7 @@
-"""`reproduce`, and a command for each of its experiments."""
+"""`reproduce`, a command for each of its experiments, and `study`, the same of any task."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_entity.cli.options import Option, add_options, given
@@ -14,11 +15,13 @@ from tl_entity.cli.shared import (
     name_of_base,
 )
 from tl_entity.cli.terminal import bar, note, quieten, say, unheard
-from tl_entity.cli.values import model, names, numbers
+from tl_entity.cli.values import json_object, model, names, numbers
 from tl_entity.study.settings import GROUPS, Settings, experiments_for
+from tl_entity.study.task_settings import TaskSettings
 
 METHODS = {
     "discover": "find the circuits, and nothing else",
+    "mechanism": "the fewest nodes that alone answer as the model does; needs no circuits",
     "faithfulness": "how much of the accuracy the circuit has alone, beside random circuits",
     "completeness": "the circuit and the model without the same heads",
     "minimality": "what the circuit loses with each of its heads",
@@ -28,8 +31,15 @@ METHODS = {
     "knockout": "where information passes between tokens, by attention knockout",
     "cmap": "heads of one model in the other, both ways",
     "comparison": "the two circuits compared",
+    "gain": "which weights bring what fine-tuning gained; needs no circuits",
 }
-"""Commands that do one experiment of `reproduce`, after the circuits that it rests on."""
+"""Commands that do one experiment of `reproduce`, after what it rests on."""
+
+_CIRCUITS_FIRST = "Accuracy and circuits come first, unless the output folder has them."
+
+_BEFORE: Mapping[str, str] = dict.fromkeys(
+    ["mechanism", "gain"], "Accuracy comes first, unless the output folder has it."
+)
 
 EXAMPLES = """\
   tl-entity reproduce
@@ -41,12 +51,20 @@ EXAMPLES = """\
   tl-entity reproduce --base models/llama --tuned-adapter my-lora --out study
       did a LoRA adapter change the mechanism? The fine-tune is the base with the adapter merged"""
 
+STUDY_EXAMPLES = """\
+  tl-entity study --task capitals --base models/llama --tuned models/llama-tuned --out capitals
+      a task that ships, without groups
+  tl-entity study --task pairs.jsonl --recipe recipe.json --base models/llama --tuned none
+      your own marked texts, with groups of your own"""
+
 _ONLY = "only these experiments, or those behind these figures or tables (base_knockout, masks), "
 
 _GROUPS = {
     "models": ("base", "base_adapter", "tuned", "tuned_adapter", "control", "control_adapter"),
     "prompts": ("prompts", "pairs", "boxes", "all_pairs", "seed"),
     "circuits": ("sizes", "receiver_sizes", "random_circuits", "ablation", "ceiling"),
+    "mechanism": ("mechanism_prompts", "target", "agreement", "gate_training", "edges"),
+    "gain": ("gain_prompts",),
     "what heads carry": ("mask_pairs", "sparsities", "mask_seeds", "draws"),
     "how it is computed": (
         "engine",
@@ -74,7 +92,20 @@ _SPECIAL = SPECIAL | {
     ),
     **{f"{role}_adapter": Option(metavar="ADAPTER", read=model) for role in ("base", "tuned")},
     "control_adapter": Option(metavar="ADAPTER", read=model),
+    "gate_training": Option(
+        metavar="JSON",
+        read=json_object,
+        help="how the mechanism's gates are trained, where not as usual: fields of GateTraining, "
+        'such as \'{"steps": 12, "precision": "bfloat16"}\'',
+    ),
     "sparsities": Option(flag="sparsity", metavar="X,...", read=numbers),
+    "task": Option(metavar="TASK"),
+    "recipe": Option(metavar="FILE"),
+    "knowing": Option(
+        metavar="NAMES",
+        read=names,
+        help="names of the file's marks that depend on what is asked (default: none)",
+    ),
     "only": Option(
         metavar="NAMES",
         read=names,
@@ -97,20 +128,37 @@ def add(commands: "Commands[OneLineParser]") -> None:
         usage="%(prog)s [options]",
     )
     _add_options(whole, {**_GROUPS, "output": ("only", "png")})
+    _add_study(commands)
     for name, what in METHODS.items():
         single = commands.add_parser(
             name,
             help=what,
-            description=f"{what.capitalize()}. Accuracy and circuits come first, unless the output "
-            "folder has them.",
+            description=f"{what.capitalize()}. {_BEFORE.get(name, _CIRCUITS_FIRST)}",
             usage="%(prog)s [options]",
         )
         _add_options(single, _GROUPS)
         single.set_defaults(only=() if name == "discover" else (name,))
 
 
-def _add_options(command: OneLineParser, groups: dict[str, tuple[str, ...]]) -> None:
-    add_options(command, Settings, groups, _SPECIAL)
+def _add_study(commands: "Commands[OneLineParser]") -> None:
+    command = commands.add_parser(
+        "study",
+        help="the same of another task: one that ships, or a file of your own",
+        description="Studies a base model and its fine-tune on a task that ships, or on a file of "
+        "marked texts. With a recipe it finds circuits of groups and tests them, as reproduce "
+        "does; without one it does what needs no groups. Finished steps are kept in the output "
+        "folder.",
+        epilog=f"examples:\n{STUDY_EXAMPLES}\n",
+        usage="%(prog)s --task TASK [options]",
+    )
+    groups = {"task": ("task", "recipe", "knowing", "joined"), **_GROUPS}
+    _add_options(command, {**groups, "output": ("only", "png")}, TaskSettings)
+
+
+def _add_options(
+    command: OneLineParser, groups: Mapping[str, Sequence[str]], settings: type = Settings
+) -> None:
+    add_options(command, settings, groups, _SPECIAL)
     add_gguf(command, "models")
     add_out(command, "folder for the report and all else", "results")
     command.group("output").add_argument(
@@ -134,8 +182,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """
     base = name_of_base(options)
     tuned = options.tuned or (base if options.tuned_adapter else "default-tuned")
-    by_name = options.command == "reproduce" and options.only is not None
-    found: dict[str, Any] = given(Settings, options) | {
+    by_name = options.command in ("reproduce", "study") and options.only is not None
+    kind = TaskSettings if options.command == "study" else Settings
+    found: dict[str, Any] = given(kind, options) | {
         "base": base,
         "tuned": None if tuned == "none" else tuned,
         "control": options.control or (base if options.control_adapter else None),
@@ -145,11 +194,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         # A method's own command may ask for nothing more than the circuits.
         "only": experiments_for(options.only or ()) if options.only or by_name else options.only,
     }
-    return Settings(**found)
+    return kind(**found)
 
 
 def _run(options: argparse.Namespace) -> None:
     settings = settings_of(options)
+    if isinstance(settings, TaskSettings):
+        settings.check_files()
     check_early(
         models=tuple(settings.sources.values()),
         adapters=tuple(settings.adapters.values()),

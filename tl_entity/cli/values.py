@@ -3,6 +3,10 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tl_entity.errors import InputError
+from tl_entity.reading import parse_json
 
 
 def whole_number(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
@@ -70,6 +74,20 @@ def shares(text: str) -> dict[str, float]:
             raise argparse.ArgumentTypeError(f"{kind!r} is there twice")
         found[kind] = number(share) if sign else 1.0
     return found
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Reads a JSON object of numbers and names."""
+    try:
+        content = parse_json(text, "this")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: {error}") from None
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a JSON object")
+    for name, value in content.items():
+        if not isinstance(value, int | float | str):
+            raise argparse.ArgumentTypeError(f"{name} is neither a number nor a name")
+    return content
 
 
 def model(text: str) -> str:

@@ -223,6 +223,19 @@ def random_nodes(
     return draws
 
 
+@checked
+def reporting_prompts(prompts: PromptBatch, *, seed: int) -> PromptBatch:
+    """Those of the prompts that had no part in finding a mechanism: what `find_mechanism` with the
+    same prompts and seed reports of.
+
+    Raises:
+        InputError: if there are too few prompts to be split.
+    """
+    reported = _split(prompts, seed)[-1]
+    assert isinstance(reported, PromptBatch)
+    return reported
+
+
 def _split(prompts: PromptBatch | PairBatch, seed: int) -> list[PromptBatch | PairBatch]:
     """A sixth to train on, a third to choose by, half to report."""
     n = len(prompts)

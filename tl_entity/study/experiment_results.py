@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+MOST_LIKELY, BEATS_FOIL = "answer is the most likely token", "answer beats foil"
+"""What counts as right in prompts of a task."""
+
+
 class ByName(Result):
     """Several results of one class, by what `COLUMN` says. A class of this kind has one field."""
 
@@ -65,6 +69,39 @@ class AccuracyByBoxes(ByName):
     COLUMN = "boxes"
 
     evaluations: Mapping[int, Evaluation]
+
+
+@dataclass(frozen=True)
+class AccuracyOnTask(Result):
+    """How a model answers prompts of a task.
+
+    Attributes:
+        answered: right where the most likely token is the answer.
+        beats_foil: right where the answer's logit is above the foil's; None without foils.
+    """
+
+    answered: Evaluation
+    beats_foil: Evaluation | None
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {found}" for name, found in self.evaluations.items())
+
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Both, by what counts as right."""
+        found = {MOST_LIKELY: self.answered}
+        return found if self.beats_foil is None else found | {BEATS_FOIL: self.beats_foil}
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row for each."""
+        import pandas as pd
+
+        each = self.evaluations.items()
+        return pd.concat([found.table().assign(right=name) for name, found in each])
+
+    def to_json(self) -> dict[str, Any]:
+        """Each by what counts as right."""
+        return plain(self.evaluations)
 
 
 @checked
@@ -187,7 +224,8 @@ class CircuitsAlone(Result):
         for part in parts.values():
             part["random"]["circuits"] = plain(self.random_circuits)
         asked = next(iter(parts))
-        return {**parts[asked], "ablation": asked, "by_index": parts["index"]}
+        by_index = {"by_index": parts["index"]} if "index" in parts else {}
+        return {**parts[asked], "ablation": asked, **by_index}
 
 
 @dataclass(frozen=True)
@@ -209,7 +247,8 @@ class MinimalityByAblation(ByName):
 
     def to_json(self) -> dict[str, Any]:
         """What is found under the ablation asked for, and under the paper's as "by_index"."""
-        return {**self.asked.to_json(), "by_index": self.found["index"].to_json()}
+        by_index = {"by_index": self.found["index"].to_json()} if "index" in self.found else {}
+        return {**self.asked.to_json(), **by_index}
 
 
 @dataclass(frozen=True)

@@ -1,43 +1,45 @@
 """The experiments of the main job: each a small step from a model to a result."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
-from transformers import PreTrainedTokenizerBase
 
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Head
-from tl_entity.hooks.ablations import Ablation, AblationKind
-from tl_entity.methods.ablations import make_ablation
+from tl_entity.hooks.ablations import AblationKind
 from tl_entity.methods.attention import AttentionSummary, summarize_attention
 from tl_entity.methods.circuits import (
-    BATCH_SIZE,
     Evaluation,
     Faithfulness,
-    evaluate,
     evaluate_circuits,
     random_circuits,
 )
-from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES, Discovery, discover_circuit
+from tl_entity.methods.discovery import Discovery, discover_circuit
 from tl_entity.methods.path_patching import HeadScores, path_patch
+from tl_entity.metrics import METRICS
+from tl_entity.study.bench import Bench as Bench
+from tl_entity.study.bench import Count as Count
+from tl_entity.study.bench import Progress as Progress
+from tl_entity.study.bench import own_tokenizer as own_tokenizer
+from tl_entity.study.bench import silent as silent
 from tl_entity.study.experiment_results import (
     AccuracyByBoxes,
+    AccuracyOnTask,
     Alone,
     CircuitAttention,
     CircuitsAlone,
     KeptPairs,
 )
-from tl_entity.study.settings import FEWEST_PAIRS, Settings, stream_seed
-from tl_entity.study.store import Found, Step, Store
-from tl_entity.tasks.batches import PairBatch, PromptBatch
-from tl_entity.tasks.boxes import box_prompts
-from tl_entity.tasks.pairs import discovery_pairs
+from tl_entity.study.settings import FEWEST_PAIRS
+from tl_entity.study.store import Step
+from tl_entity.tasks.batches import PairBatch
 
-ACCURACY, PAIRS, SCORES = Step(AccuracyByBoxes), Step(KeptPairs), Step(HeadScores)
+ACCURACY, ON_TASK = Step(AccuracyByBoxes), Step(AccuracyOnTask)
+PAIRS, SCORES = Step(KeptPairs), Step(HeadScores)
 FAITHFULNESS, ATTENTION = Step(CircuitsAlone), Step(CircuitAttention)
 
 PAIRS_KEPT, HEAD_PAIRS_KEPT = 8, 10_000
@@ -47,135 +49,23 @@ pairs: minutes of work at most, which is what an interruption can cost."""
 PAIRS_AGAIN = "pairs_again"
 """The purpose of the pairs that the base's circuit is found from a second time."""
 
-SMALL_MODEL, SMALL_MODEL_BATCH = 10_000_000, 128
-"""Models with fewer parameters are run on more prompts at a time: there, the time goes into calls,
-not into arithmetic."""
-
 TRIES = 4
 """At most so many times the wanted pairs are tried for ones whose prompt is answered right."""
 
 
-class Count(Protocol):
-    """Called with how many more runs are done and, where there is one, a note on how they went."""
-
-    def __call__(self, runs: int, note: str = "", /) -> object: ...
-
-
-Progress = Callable[[str, int], AbstractContextManager[Count]]
-"""Called with what is done and how many runs it takes; gives what to call with those done."""
-
-
-def silent(what: str, total: int) -> AbstractContextManager[Count]:
-    """No progress shown."""
-    return nullcontext(lambda runs, note="": None)
-
-
-def own_tokenizer(model: HookedTransformer) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        InputError: if it has none.
-    """
-    if model.tokenizer is None:
-        raise InputError("The model has no tokenizer, so no prompts can be written for it.")
-    return model.tokenizer
-
-
-@dataclass
-class Bench:
-    """One model with all that its experiments share.
-
-    Attributes:
-        role: "base" or "tuned".
-        model: the model.
-        settings: of the study.
-        sizes: heads kept, by group.
-        receiver_sizes: heads patched into, by group.
-        inputs: what every outcome depends on: the model's fingerprint, versions, and so on.
-        store: where outcomes are kept.
-        progress: shows what goes on.
-        seeds: every seed that was drawn from the study's, by purpose.
-    """
-
-    role: str
-    model: HookedTransformer
-    settings: Settings
-    sizes: Mapping[str, int]
-    receiver_sizes: Mapping[str, int]
-    inputs: Mapping[str, Any]
-    store: Store
-    progress: Progress = silent
-    seeds: dict[str, int] = field(default_factory=dict)
-    _ablations: dict[AblationKind, Ablation] = field(default_factory=dict[AblationKind, Ablation])
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own."""
-        return own_tokenizer(self.model)
-
-    def seed(self, *purpose: str | int) -> int:
-        """The seed for a purpose, which is noted; the same for every model."""
-        drawn = stream_seed(self.settings.seed, *purpose)
-        self.seeds[" ".join(map(str, purpose))] = drawn
-        return drawn
-
-    def step(
-        self, name: str, step: Step[Found], inputs: Mapping[str, Any], compute: Callable[[], Found]
-    ) -> Found:
-        """One step of this model, kept in the store."""
-        return self.store.result(f"{self.role}_{name}", step, {**self.inputs, **inputs}, compute)
-
-    def test_prompts(self) -> PromptBatch:
-        """Prompts that neither discovery nor the ablation has seen."""
-        s = self.settings
-        return box_prompts(
-            self.tokenizer, s.prompts, n_boxes=s.boxes, seed=self.seed("faithfulness")
-        )
-
-    def ablation(self, kind: AblationKind) -> Ablation:
-        """An ablation from prompts with other objects, labels and query labels."""
-        if kind not in self._ablations:
-            s, seed = self.settings, self.seed("ablation")
-            others = discovery_pairs(self.tokenizer, s.prompts, n_boxes=s.boxes, seed=seed).corrupt
-            self._ablations[kind] = make_ablation(
-                self.model, others, kind, seed=seed, batch_size=self.batch_size
-            )
-        return self._ablations[kind]
-
-    @property
-    def batch_size(self) -> int:
-        """Prompts run together outside path patching."""
-        few = (self.model.cfg.n_params or SMALL_MODEL) < SMALL_MODEL
-        return self.settings.batch_size or (SMALL_MODEL_BATCH if few else BATCH_SIZE)
-
-    @property
-    def how(self) -> dict[str, Any]:
-        """How methods other than path patching are run."""
-        s = self.settings
-        return {"engine": s.engine, "batch_size": self.batch_size, "memory": s.memory_bytes}
-
-    @property
-    def tested_on(self) -> dict[str, Any]:
-        """What decides the prompts of `test_prompts`, for the inputs of a step."""
-        s = self.settings
-        return {"prompts": s.prompts, "boxes": s.boxes, "test": self.seed("faithfulness")}
-
-    def evaluate(self, prompts: PromptBatch) -> Evaluation:
-        """The model's answers."""
-        return evaluate(self.model, prompts, **self.how)
-
-
-def measure_accuracy(bench: Bench) -> AccuracyByBoxes:
-    """Accuracy on random prompts of two boxes and more."""
-    s = bench.settings
-    counts = range(2, s.boxes + 1)
-    seeds = {n: bench.seed("accuracy", n) for n in counts}
+def measure_accuracy(bench: Bench) -> AccuracyByBoxes | AccuracyOnTask:
+    """Accuracy on prompts of the task; of one that comes in sizes, such as two boxes and more, on
+    prompts of each."""
+    if not bench.design.task.by_size:
+        return _measure_accuracy_on_task(bench)
+    s, sizes = bench.settings, bench.design.task.by_size
+    seeds = {n: bench.seed("accuracy", n) for n in sizes}
 
     def compute() -> AccuracyByBoxes:
         found: dict[int, Evaluation] = {}
-        with bench.progress(f"{bench.role}: accuracy", len(counts) * s.prompts) as done:
-            for n in counts:
-                prompts = box_prompts(bench.tokenizer, s.prompts, n_boxes=n, seed=seeds[n])
+        with bench.progress(f"{bench.role}: accuracy", len(sizes) * s.prompts) as done:
+            for n, draw in sizes.items():
+                prompts = draw(bench.tokenizer, s.prompts, seeds[n], "testing")
                 found[n] = bench.evaluate(prompts)
                 done(s.prompts)
         return AccuracyByBoxes(found)
@@ -183,22 +73,46 @@ def measure_accuracy(bench: Bench) -> AccuracyByBoxes:
     return bench.step("accuracy", ACCURACY, {"prompts": s.prompts, "seeds": seeds}, compute)
 
 
-def why_no_circuit(bench: Bench, accuracy: AccuracyByBoxes) -> str | None:
+def _measure_accuracy_on_task(bench: Bench) -> AccuracyOnTask:
+    pairs = bench.pairs(bench.settings.prompts, bench.seed("accuracy"), "testing")
+
+    def compute() -> AccuracyOnTask:
+        with bench.progress(f"{bench.role}: accuracy", len(pairs)) as done:
+            by_foil = bench.beats_foil(pairs) if bench.design.task.has_foils else None
+            found = AccuracyOnTask(bench.evaluate(pairs.clean), by_foil)
+            done(len(pairs))
+        return found
+
+    inputs = {"prompts": bench.settings.prompts, "seed": bench.seeds["accuracy"]}
+    return bench.step("accuracy", ON_TASK, {**inputs, **bench.design.task.inputs}, compute)
+
+
+def why_no_circuit(bench: Bench, accuracy: AccuracyByBoxes | AccuracyOnTask) -> str | None:
     """Why no circuit is looked for in a model that does no better than guessing; None if it does.
 
     Prompts answered right by luck would give scores, and the heads with the highest of them a
     circuit; it would be one of nothing.
     """
-    s = bench.settings
-    found, guessing = accuracy.evaluations[s.boxes], 1 / s.boxes
+    s, task = bench.settings, bench.design.task
+    if isinstance(accuracy, AccuracyOnTask):
+        by_foil = bench.judged_by_foil and accuracy.beats_foil is not None
+        found = accuracy.beats_foil if by_foil else accuracy.answered
+        assert found is not None
+        guessing = 0.5 if by_foil else task.guessing
+        of, said = "", "guessing"
+        advice = "more prompts or another model"
+    else:
+        found, guessing = accuracy.evaluations[s.boxes], task.guessing
+        of, said = f"of {s.boxes} boxes ", f"naming one of the {s.boxes} objects at random"
+        advice = "fewer boxes or more prompts"
     low, high = found.interval
     if low > guessing or s.all_pairs:
         return None
     return (
         f"it answers {found.accuracy:.3f} [{low:.3f}, {high:.3f}] of {len(found)} prompts "
-        f"of {s.boxes} boxes right, and naming one of the {s.boxes} objects at random would be "
-        f"{guessing:.3f}. There is no ability to be seen whose circuit could be looked for; fewer "
-        "boxes or more prompts may show one, and --all-pairs looks for a circuit all the same"
+        f"{of}right, and {said} would be {guessing:.3f}. There is no ability to be seen whose "
+        f"circuit could be looked for; {advice} may show one, and --all-pairs looks for a circuit "
+        "all the same"
     )
 
 
@@ -220,14 +134,14 @@ def draw_pairs(bench: Bench, *, which: str = "pairs") -> tuple[PairBatch, KeptPa
     n_pairs = s.discovery_pairs
     tries = n_pairs if s.all_pairs else TRIES * n_pairs
     seed = bench.seed(which)
-    pairs = discovery_pairs(bench.tokenizer, tries, n_boxes=s.boxes, seed=seed)
+    pairs = bench.pairs(tries, seed, "finding")
 
     def compute() -> KeptPairs:
         kept: list[int] = []
         tried = 0
         with bench.progress(f"{bench.role}: prompts answered right", n_pairs) as done:
             for chunk in pairs.chunks(bench.batch_size):
-                right = bench.evaluate(chunk.clean).correct | s.all_pairs
+                right = bench.answered(chunk) | s.all_pairs
                 wanted = n_pairs - len(kept)
                 found = [tried + index for index in right.nonzero().squeeze(1).tolist()][:wanted]
                 kept += found
@@ -239,12 +153,19 @@ def draw_pairs(bench: Bench, *, which: str = "pairs") -> tuple[PairBatch, KeptPa
                 tried += len(chunk)
         return KeptPairs(tried, torch.tensor(kept, dtype=torch.long), not s.all_pairs)
 
-    inputs = {"pairs": n_pairs, "boxes": s.boxes, "seed": seed, "all": s.all_pairs}
+    inputs: dict[str, Any] = {"pairs": n_pairs, "seed": seed, "all": s.all_pairs}
+    inputs |= bench.design.task.inputs
+    if bench.judged_by_foil:
+        inputs["right"] = "beats foil"
     drawn = bench.step(which, PAIRS, inputs, compute)
     if len(drawn.kept) < min(FEWEST_PAIRS, n_pairs):
+        by_size = bench.design.task.by_size
+        what, instead = ("", "give more pairs")
+        if by_size:
+            what, instead = f" of {s.boxes} boxes", "ask for fewer boxes"
         raise InputError(
-            f"{s.models[bench.role]} answers only {len(drawn.kept)} of {drawn.tried} prompts of "
-            f"{s.boxes} boxes right, too few to find its circuit from; ask for fewer boxes, "
+            f"{s.models[bench.role]} answers only {len(drawn.kept)} of {drawn.tried} prompts"
+            f"{what} right, too few to find its circuit from; {instead}, "
             "or take prompts it answers wrong as well (--all-pairs)."
         )
     return pairs[drawn.kept], drawn
@@ -261,21 +182,28 @@ def find_circuit(
         drawn: which pairs they are.
         which: their purpose.
     """
-    s = bench.settings
-    stages = iter(ENTITY_TRACKING_STAGES)
+    s, recipe = bench.settings, bench.design.recipe
+    assert recipe is not None
+    stages = iter(recipe.stages)
 
     def score_stage(model: HookedTransformer, pairs: PairBatch, **how: Any) -> HeadScores:
         group = next(stages).group
         name = f"scores_{group}" if which == "pairs" else f"scores_{group}_{which}"
-        asked = {"pairs": s.discovery_pairs, "boxes": s.boxes, "seed": bench.seeds[which]}
-        asked |= {name: value for name, value in how.items() if name != "progress"}
+        asked: dict[str, Any] = {"pairs": s.discovery_pairs, "seed": bench.seeds[which]}
+        asked |= bench.design.task.inputs
+        asked |= {name: value for name, value in how.items() if name not in ("progress", "metric")}
+        if "metric" in how:
+            asked["metric"] = recipe.metric
         return _score_in_parts(bench, group, name, pairs, how, {**asked, "drawn": drawn})
 
     return discover_circuit(
         bench.model,
         pairs,
-        sizes=bench.sizes,
-        receiver_sizes=bench.receiver_sizes,
+        sizes=recipe.sizes,
+        receiver_sizes=recipe.receiver_sizes,
+        stages=recipe.stages,
+        overlaps=recipe.overlaps,
+        metric=METRICS[recipe.metric],
         engine=s.engine,
         batch_size=s.batch_size,
         memory=s.memory_bytes,
@@ -346,8 +274,7 @@ def measure_faithfulness(
     every = [Head(n, h) for n in range(cfg.n_layers) for h in range(cfg.n_heads)]
     # Every head at the circuit's positions is a reference, not a bound: heads can hinder.
     alone = [circuit, dict.fromkeys(circuit.heads_at(), every), *others.values(), *drawn]
-    # The paper's ablation beside the one that is asked for.
-    kinds = dict.fromkeys((s.ablation, "index"))
+    kinds = bench.ablation_kinds
     prompts = bench.test_prompts()
 
     def under(kind: AblationKind, whole: Evaluation, done: Count) -> Alone:

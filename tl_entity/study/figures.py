@@ -1,6 +1,7 @@
 """The figures of a study: the results' own, with its names for groups and positions."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,37 +11,26 @@ import plotly.graph_objects as go
 from tl_entity.methods.circuits import Evaluation
 from tl_entity.plots.bars import Bar, accuracy_bars, grouped_bars
 from tl_entity.plots.heatmaps import attention_heatmap, head_heatmap, shared_limits
-from tl_entity.study.experiment_results import CircuitAttention
+from tl_entity.studies.design import Words
+from tl_entity.studies.entity_tracking import LETTERS as LETTERS
+from tl_entity.studies.entity_tracking import NAME, WORDS
+from tl_entity.studies.entity_tracking import POSITION_WORDS as POSITION_WORDS
+from tl_entity.study.experiment_results import AccuracyByBoxes, CircuitAttention
 from tl_entity.study.results import ModelFindings, Study
-from tl_entity.study.settings import GROUPS
 
-LETTERS = dict(zip(GROUPS, "ABCD", strict=True))
-"""The paper's letters for the groups."""
-
-POSITION_WORDS = {
-    "last": "last token",
-    "query_label": "query label",
-    "previous_query_label": "previous query label",
-    "correct_object": "correct object",
-    "first_token": "first token",
-    "elsewhere": "elsewhere",
-}
-
-_INPUT_WORDS = {"q": "queries", "k": "keys", "v": "values"}
+REST = ("first_token", "elsewhere")
+"""Columns of attention that stand last."""
 
 
 def position_words(name: str) -> str:
-    """A named position in words."""
-    return POSITION_WORDS.get(name, name.replace("_", " "))
+    """A named position of the paper's task in words."""
+    return WORDS.position(name)
 
 
 def figures_of(study: Study) -> dict[str, go.Figure]:
     """All figures by name, in the order in which they are shown."""
-    bars = {
-        model.label: {n: accuracy_bar(found) for n, found in model.accuracy.evaluations.items()}
-        for model in study.models.values()
-    }
-    figures = {"accuracy": accuracy_bars(bars, title="Accuracy by number of boxes")}
+    words = study.task.words
+    figures = {"accuracy": _accuracy(study)}
     models = study.with_circuit
     limits = stage_limits(study)
     for role, model in models.items():
@@ -49,15 +39,17 @@ def figures_of(study: Study) -> dict[str, go.Figure]:
                 known=model.planted,
                 title=f"{model.label}: how much the answer needs each head (path patching)",
                 panel_titles={
-                    s.group: stage_title(asdict(s), s.group) for s in model.discovery.stages
+                    s.group: words.stage(asdict(s), s.group) for s in model.discovery.stages
                 },
                 limits=limits,
             )
     if models and all(model.faithfulness is not None for model in models.values()):
-        figures["faithfulness"] = _faithfulness(models, study.settings.boxes)
+        is_paper = study.task.name == NAME
+        what = f"{study.settings.boxes} boxes" if is_paper else study.task.name
+        figures["faithfulness"] = _faithfulness(models, what)
     for role, model in models.items():
         if model.attention is not None:
-            figures[f"{role}_attention"] = _attention(model.label, model.attention)
+            figures[f"{role}_attention"] = _attention(model.label, model.attention, words)
     return figures
 
 
@@ -70,7 +62,7 @@ def single_heatmaps(study: Study, role: str) -> dict[str, go.Figure]:
         group: head_heatmap(
             model.discovery.panel(group, known=model.planted, title=""), limit=limits[group]
         )
-        for group in GROUPS
+        for group in model.discovery.scores
     }
 
 
@@ -79,17 +71,14 @@ def stage_limits(study: Study) -> dict[str, float]:
     found = [model.discovery for model in study.models.values() if model.discovery is not None]
     if not found:
         return {}
-    stages = [[discovery.panel(group) for discovery in found] for group in GROUPS]
-    return dict(zip(GROUPS, shared_limits(stages), strict=True))
+    groups = tuple(found[0].scores)
+    stages = [[discovery.panel(group) for discovery in found] for group in groups]
+    return dict(zip(groups, shared_limits(stages), strict=True))
 
 
-def stage_title(stage: dict[str, Any], group: str) -> str:
+def stage_title(stage: Mapping[str, Any], group: str) -> str:
     """`B pos_transmitter: into the queries of A, last token`; of a stage in results.json."""
-    if stage["into"] is None:
-        into = "the logits"
-    else:
-        into = f"the {_INPUT_WORDS[stage['receiver_input']]} of {LETTERS[stage['into']]}"
-    return f"{LETTERS[group]} {group}: into {into}, {position_words(stage['position'])}"
+    return WORDS.stage(stage, group)
 
 
 def sorted_counts(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -102,7 +91,22 @@ def accuracy_bar(found: Evaluation) -> Bar:
     return Bar(found.accuracy, *found.interval)
 
 
-def _faithfulness(models: dict[str, ModelFindings], boxes: int) -> go.Figure:
+def _accuracy(study: Study) -> go.Figure:
+    by_size: dict[str, dict[int, Bar]] = {}
+    on_task: dict[str, dict[str, Bar]] = {}
+    for model in study.models.values():
+        if isinstance(model.accuracy, AccuracyByBoxes):
+            sizes = model.accuracy.evaluations
+            by_size[model.label] = {n: accuracy_bar(found) for n, found in sizes.items()}
+        else:
+            rights = model.accuracy.evaluations
+            on_task[model.label] = {what: accuracy_bar(found) for what, found in rights.items()}
+    if by_size:
+        return accuracy_bars(by_size, title="Accuracy by number of boxes")
+    return grouped_bars(on_task, title=f"Accuracy: {study.task.name}")
+
+
+def _faithfulness(models: dict[str, ModelFindings], what: str) -> go.Figure:
     series: dict[str, dict[str, Bar]] = {}
     for role, model in models.items():
         if model.faithfulness is None:
@@ -124,25 +128,26 @@ def _faithfulness(models: dict[str, ModelFindings], boxes: int) -> go.Figure:
     # Every series in the same order of categories, though not every one has all.
     order = list(dict.fromkeys(category for bars in series.values() for category in bars))
     order.sort(key=lambda category: category.startswith("random"))
-    figure = grouped_bars(series, title=f"What the circuit alone can do, {boxes} boxes")
+    figure = grouped_bars(series, title=f"What the circuit alone can do, {what}")
     figure.update_xaxes(categoryorder="array", categoryarray=order)
     return figure
 
 
-def _attention(label: str, attention: CircuitAttention) -> go.Figure:
+def _attention(label: str, attention: CircuitAttention, words: Words) -> go.Figure:
     seen = attention.groups
     columns = list(dict.fromkeys(name for group in seen.values() for name in group.names))
     # The rest comes last, whichever group it was first seen in.
-    columns.sort(key=lambda name: list(POSITION_WORDS).index(name) if name in POSITION_WORDS else 0)
+    order = [*words.positions, *REST]
+    columns.sort(key=lambda name: order.index(name) if name in order else 0)
     rows, weights = [], []
-    for group in GROUPS:
+    for group in seen:
         for head, row in zip(seen[group].heads, seen[group].weights.tolist(), strict=True):
-            rows.append(f"{LETTERS[group]} {head}")
+            rows.append(f"{words.letters.get(group, group)} {head}")
             by_name = dict(zip(seen[group].names, row, strict=True))
             weights.append([by_name.get(name, math.nan) for name in columns])
     return attention_heatmap(
         rows,
-        [position_words(name) for name in columns],
+        [words.position(name) for name in columns],
         np.array(weights, dtype=np.float64).reshape(len(rows), len(columns)),
         title=f"{label}: what the circuit's heads attend to, each from its own position",
     )

@@ -7,8 +7,19 @@ from typing import Any
 
 from tl_entity.errors import InputError
 from tl_entity.results import plain
+from tl_entity.studies.design import StudyDesign
+from tl_entity.studies.entity_tracking import GROUPS, NAME
 from tl_entity.study.settings import EXPERIMENTS, Settings
-from tl_entity.study.store import RESULTS, STEPS, Record, Store, read_record, to_json
+from tl_entity.study.store import (
+    RESULTS,
+    STEPS,
+    Record,
+    Store,
+    fingerprint,
+    read_record,
+    to_json,
+)
+from tl_entity.study.task_settings import PAPER
 
 STUDY = "results.safetensors"
 """The study as one result, for `Study.load`."""
@@ -16,8 +27,11 @@ STUDY = "results.safetensors"
 SETTINGS = f"{STEPS}/settings.json"
 """What the steps of a folder were begun with."""
 
-SHOWN_OR_ADDED = ("only", "png", "ceiling")
+SHOWN_OR_ADDED = ("only", "png", "ceiling", "edges")
 """Settings by which a study is shown, or has more or fewer experiments."""
+
+OF_RECIPE = ("recipe", "sizes", "receiver_sizes")
+"""What is noted of a recipe."""
 
 MODEL_WORDS = {
     "base": "base model",
@@ -30,7 +44,7 @@ MODEL_WORDS = {
 def check_same_study(
     out: Path,
     settings: Settings,
-    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    design: StudyDesign,
     models: Mapping[str, str],
 ) -> None:
     """Make sure that a folder holds no study with other settings.
@@ -38,17 +52,18 @@ def check_same_study(
     Args:
         out: the folder.
         settings: what is asked for.
-        sizes: of the groups and of what is patched into.
+        design: the study.
         models: the fingerprint of each, by role.
 
     Raises:
         InputError: if it does; what differs is named.
     """
-    there, here = _noted(out), _plain(settings, sizes, models)
+    there, here = _noted(out), _plain(settings, design, models)
     differing: list[str] = []
     for name, theirs in there.items():
-        # A fine-tune and a control may be added later; settings of other versions say nothing.
-        added = name in MODEL_WORDS and theirs is None
+        # A fine-tune, a control and a recipe may be added later; settings of other versions say
+        # nothing.
+        added = name in (*MODEL_WORDS, *OF_RECIPE) and theirs is None
         if name not in here or here[name] == theirs or added:
             continue
         said = MODEL_WORDS.get(name, name.replace("_", " "))
@@ -66,11 +81,11 @@ def check_same_study(
 def note_settings(
     store: Store,
     settings: Settings,
-    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    design: StudyDesign,
     models: Mapping[str, str],
 ) -> None:
     """Note what the folder's steps are begun with, for `check_same_study`."""
-    store.write(SETTINGS, to_json(_plain(settings, sizes, models)))
+    store.write(SETTINGS, to_json(_plain(settings, design, models)))
 
 
 def joined(out: Path, settings: Settings) -> Settings:
@@ -83,14 +98,24 @@ def joined(out: Path, settings: Settings) -> Settings:
         known = [name for name in theirs if name in EXPERIMENTS]
         both = tuple(dict.fromkeys([*known, *settings.only]))
     ceiling = settings.ceiling or earlier.get("ceiling") is True
-    return dataclasses.replace(settings, only=both, ceiling=ceiling)
+    edges = settings.edges or earlier.get("edges") is True
+    return dataclasses.replace(settings, only=both, ceiling=ceiling, edges=edges)
+
+
+def has_circuits(out: Path) -> bool:
+    """Whether the folder's finished results have circuits."""
+    models = read_record(out / RESULTS).get("models")
+    each = models.values() if isinstance(models, dict) else ()
+    return any(isinstance(model, dict) and "discovery" in model for model in each)
 
 
 def _noted(out: Path) -> Record:
     """What the folder's study was begun with; that of its results, for a folder of before."""
+    # Before there were other tasks, all were the paper's.
+    usual = {"task": NAME, "recipe": PAPER}
     noted = read_record(out / SETTINGS)
     if noted:
-        return noted
+        return usual | noted
     results = read_record(out / RESULTS)
     settings, models = results.get("settings"), results.get("models")
     if not isinstance(settings, dict) or not isinstance(models, dict):
@@ -98,16 +123,26 @@ def _noted(out: Path) -> Record:
     known = {
         role: model.get("fingerprint") for role, model in models.items() if isinstance(model, dict)
     }
-    return {**{n: v for n, v in settings.items() if n not in _LEFT_OUT}, **known}
+    kept = {n: v for n, v in settings.items() if n not in _LEFT_OUT}
+    return {**usual, **kept, **known}
 
 
 def _plain(
     settings: Settings,
-    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    design: StudyDesign,
     models: Mapping[str, str],
 ) -> dict[str, Any]:
     kept = {n: v for n, v in plain(settings).items() if n not in _LEFT_OUT}
-    resolved = {"sizes": dict(sizes[0]), "receiver_sizes": dict(sizes[1])}
+    recipe, task = design.recipe, design.task
+    resolved: dict[str, Any] = {"task": task.name, **dict.fromkeys(OF_RECIPE)}
+    if task.n_pairs is not None:
+        resolved["texts"] = fingerprint(task.inputs)[:8]
+    if recipe is not None:
+        resolved["sizes"] = dict(recipe.sizes)
+        resolved["receiver_sizes"] = dict(recipe.receiver_sizes)
+        how = [recipe.stages, recipe.metric, recipe.overlaps]
+        is_paper = task.name == NAME and recipe.groups == GROUPS
+        resolved["recipe"] = PAPER if is_paper else fingerprint(how)[:8]
     known = {role: models.get(role) for role in MODEL_WORDS}
     return {**kept, **resolved, **known}
 

@@ -1,17 +1,17 @@
 """What each group of heads carries: DCM on its heads, then patching those that DCM selected."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from tl_entity.errors import InputError
 from tl_entity.heads import Circuit, Group
 from tl_entity.methods.activation_patching import CarriedInformation, carries
 from tl_entity.methods.dcm import MaskRun, MaskStep, learn_masks, training_steps
+from tl_entity.studies.design import Draws
 from tl_entity.study.experiment_results import GroupMask, GroupMasks
 from tl_entity.study.experiments import Bench
 from tl_entity.study.store import Step
-from tl_entity.tasks.batches import PairBatch
-from tl_entity.tasks.desiderata import DESIDERATA, MAIN_DESIDERATA, desideratum_draws
+from tl_entity.tasks.desiderata import MAIN_DESIDERATA
 
 DCM, CARRIED = Step(GroupMasks), Step(CarriedInformation)
 
@@ -19,16 +19,12 @@ MASK_BATCH = 8
 """Pairs a step of training. A mask can fall by a tenth a step and must fall by half, so that small
 numbers of pairs need small batches."""
 
-Draws = Mapping[str, Callable[[int], PairBatch]]
-"""For each desideratum a function from a seed to pairs."""
-
 
 def writable_draws(bench: Bench, n_pairs: int) -> tuple[Draws, dict[str, str]]:
     """Draws of every desideratum whose prompts the model's tokenizer can write, and for each of the
     others the reason why it can't."""
-    draws = desideratum_draws(
-        bench.tokenizer, list(DESIDERATA), n_pairs, n_boxes=bench.settings.boxes
-    )
+    information = bench.design.task.information
+    draws = {} if information is None else information(bench.tokenizer, n_pairs)
     left_out: dict[str, str] = {}
     for name, draw in draws.items():
         try:
@@ -88,7 +84,7 @@ def learn_what_groups_carry(bench: Bench, circuit: Circuit) -> GroupMasks:
         "circuit": circuit,
         "pairs": s.mask_pairs,
         "batch": MASK_BATCH,
-        "boxes": s.boxes,
+        **bench.design.task.inputs,
         "seeds": seeds,
         "sparsities": s.sparsities,
     }
@@ -124,7 +120,7 @@ def patch_what_groups_carry(
                 **bench.how,
             )
 
-    asked = {"heads": chosen, "prompts": s.prompts, "boxes": s.boxes, "seeds": seeds}
+    asked = {"heads": chosen, "prompts": s.prompts, **bench.design.task.inputs, "seeds": seeds}
     return bench.step(f"activation_patching_{of}_heads", CARRIED, asked, compute)
 
 

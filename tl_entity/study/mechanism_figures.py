@@ -3,37 +3,32 @@
 import plotly.graph_objects as go
 
 from tl_entity.methods.activation_patching import UNPATCHED
-from tl_entity.study.figures import LETTERS, position_words
-from tl_entity.study.results import ModelFindings, Study
+from tl_entity.studies.entity_tracking import NAME, WORDS, example
+from tl_entity.study.results import ModelFindings, StudiedTask, Study
 from tl_entity.study.settings import GROUPS
-from tl_entity.tasks.boxes import BoxPrompt
 from tl_entity.tasks.desiderata import MAIN_DESIDERATA
 
-EXAMPLE = BoxPrompt(("apple", "bell", "cup"), ("E", "Q", "M"), "Q")
-"""The prompt that circuits are drawn over."""
-
-_INFORMATION_WORDS = {
-    "object_value": "object value",
-    "box_label_value": "label value",
-    "position": "position",
-}
+EXAMPLE = example()
+"""The prompt that the paper's circuits are drawn over."""
 
 
 def mechanism_figures(study: Study) -> dict[str, go.Figure]:
     """All figures of these experiments, by file name."""
     figures: dict[str, go.Figure] = {}
     for role, model in study.with_circuit.items():
-        figures |= {f"{role}_{name}": figure for name, figure in _of_model(model).items()}
+        figures |= {
+            f"{role}_{name}": figure for name, figure in _of_model(model, study.task).items()
+        }
     if study.same_circuit is not None:
         base, tuned = (model.label for model in study.models.values())
         figures["comparison"] = study.same_circuit.plot(
-            title=f"{base} and {tuned}", label=group_words
+            title=f"{base} and {tuned}", label=study.task.words.group
         )
     for name, transfer in study.cmap.items():
         into, source = (study.labels[r] for r in (transfer.into_role, transfer.from_role))
         figures[f"cmap_{name}"] = transfer.found.plot(
             title=f"{into} with heads of {source} (CMAP)",
-            label=group_words,
+            label=study.task.words.group,
             names=(into, source),
         )
     return figures
@@ -41,12 +36,12 @@ def mechanism_figures(study: Study) -> dict[str, go.Figure]:
 
 def group_words(group: str) -> str:
     """`A value_fetcher`; other names as they are."""
-    return f"{LETTERS[group]} {group}" if group in LETTERS else group
+    return WORDS.group(group)
 
 
 def information_words(desideratum: str) -> str:
     """A desideratum in words."""
-    return _INFORMATION_WORDS.get(desideratum, desideratum.replace("_", " "))
+    return WORDS.kind(desideratum)
 
 
 def main_information(model: ModelFindings, heads: str = "own") -> dict[str, str]:
@@ -71,36 +66,39 @@ def main_information(model: ModelFindings, heads: str = "own") -> dict[str, str]
     return found
 
 
-def _of_model(model: ModelFindings) -> dict[str, go.Figure]:
+def _of_model(model: ModelFindings, task: StudiedTask) -> dict[str, go.Figure]:
     label, figures = model.label, dict[str, go.Figure]()
+    words = task.words
     if model.discovery is not None:
-        carried = {g: information_words(kind) for g, kind in main_information(model).items()}
+        carried = {g: words.kind(kind) for g, kind in main_information(model).items()}
         figures["circuit"] = model.discovery.diagram(
-            *_example(), title=f"{label}: the circuit", label=group_words, carried=carried
+            *_example(task), title=f"{label}: the circuit", label=words.group, carried=carried
         )
     for heads, found in (model.information.found if model.information else {}).items():
         whose = "its own heads" if heads == "own" else f"the {heads} model's heads"
         figures[f"carries_{heads}_heads"] = found.plot(
             title=f"{label}: answers with the target, {whose} patched",
-            label=lambda name: group_words(name) if name in GROUPS else information_words(name),
+            label=lambda name: words.group(name) if name in task.groups else words.kind(name),
         )
     if model.completeness is not None:
         figures["completeness"] = model.completeness.plot(
-            title=f"{label}: what circuit and model lose by the same heads", label=group_words
+            title=f"{label}: what circuit and model lose by the same heads", label=words.group
         )
     if model.minimality is not None:
         figures["minimality"] = model.minimality.asked.plot(
-            title=f"{label}: what the circuit loses with each head", label=group_words
+            title=f"{label}: what the circuit loses with each head", label=words.group
         )
     if model.knockout is not None:
         figures["knockout"] = model.knockout.plot(
-            title=f"{label}: attention knocked out from a layer up", label=position_words
+            title=f"{label}: attention knocked out from a layer up", label=words.position
         )
     return figures
 
 
-def _example() -> tuple[list[str], dict[str, int]]:
+def _example(task: StudiedTask) -> tuple[list[str], dict[str, int]]:
     """The prompt that circuits are drawn over, in words, and where the named positions are."""
+    if task.name != NAME:
+        return [word.strip() for word in task.example], dict(task.positions)
     words = EXAMPLE.text.replace(",", " ,").replace(".", " .").split()
     at = {
         "last": len(words) - 1,

@@ -10,13 +10,17 @@ from transformer_lens import HookedTransformer
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.hooks.cross_model import check_same_architecture
+from tl_entity.methods.stages import check_sizes, check_stages
 from tl_entity.models.load import load_model
 from tl_entity.models.registry import REGISTRY, public_name
-from tl_entity.study.experiments import own_tokenizer
+from tl_entity.studies.design import StudyDesign
+from tl_entity.study.bench import own_tokenizer
 from tl_entity.study.results import About
 from tl_entity.study.settings import Settings
 from tl_entity.study.store import fingerprint
-from tl_entity.tasks.pairs import discovery_pairs
+
+MANY = 10**9
+"""More texts than a file has."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +38,81 @@ class Facts:
     fingerprint: str
 
 
+class Models:
+    """The models of a study by role, each loaded once.
+
+    Args:
+        settings: of the study.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._loaded: dict[str, HookedTransformer] = {}
+
+    def __getitem__(self, role: str) -> HookedTransformer:
+        """The model of a role.
+
+        Raises:
+            InputError: if it can't be loaded.
+        """
+        if role not in self._loaded:
+            self._loaded[role] = load(self.settings, role)
+        return self._loaded[role]
+
+    def facts(self, role: str) -> Facts:
+        """What is known of a model before any work is done.
+
+        Raises:
+            InputError: if it can't be loaded.
+        """
+        model = self[role]
+        return Facts(model.cfg.n_layers, model.cfg.n_heads, model_fingerprint(model))
+
+    def why_apart(self, role: str) -> str | None:
+        """Why nothing of the other model can be put into the base; None if it can."""
+        if role not in self.settings.sources:
+            return "there is one model alone."
+        try:
+            check_same_architecture(self["base"], self[role])
+        except InputError as error:
+            return str(error)
+        return None
+
+
 @checked
-def inspect(settings: Settings, role: str) -> Facts:
-    """Load a model once to see that it is whole and fits the settings.
+def check_fits(model: HookedTransformer, name: str, design: StudyDesign, seed: int) -> None:
+    """Make sure that a model can take a study's prompts.
+
+    Args:
+        model: the model.
+        name: what it is called.
+        design: the study.
+        seed: of the prompts.
 
     Raises:
-        InputError: if it can't be loaded, or can't take prompts of so many boxes.
+        InputError: if it can't, its tokenizer can't write them, or they lack a position of the
+            recipe.
     """
-    model, name = load(settings, role), settings.sources[role]
+    task, recipe = design.task, design.recipe
     try:
-        pairs = discovery_pairs(own_tokenizer(model), 1, n_boxes=settings.boxes, seed=settings.seed)
+        pairs = task.pairs(
+            own_tokenizer(model), 1 if task.n_pairs is None else MANY, seed, "finding"
+        )
+        if recipe is not None:
+            check_stages(model, recipe.stages, pairs)
+            check_sizes(model, recipe.stages, recipe.sizes)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     length = pairs.clean.tokens.shape[1]
     if length > model.cfg.n_ctx:
-        raise InputError(
-            f"{name} takes prompts of {model.cfg.n_ctx} tokens; {settings.boxes} boxes need "
-            f"{length}. Ask for fewer boxes."
+        of, fewer = (
+            (f"{max(task.by_size)} boxes", " Ask for fewer boxes.")
+            if task.by_size
+            else (f"those of {task.name}", "")
         )
-    return Facts(model.cfg.n_layers, model.cfg.n_heads, model_fingerprint(model))
+        raise InputError(
+            f"{name} takes prompts of {model.cfg.n_ctx} tokens; {of} need {length}.{fewer}"
+        )
 
 
 @checked
@@ -77,17 +137,6 @@ def about(settings: Settings, role: str, label: str, facts: Facts) -> About:
     return About(
         public_name(name), label, shown, note, facts.n_layers, facts.n_heads, facts.fingerprint
     )
-
-
-def why_apart(settings: Settings, role: str) -> str | None:
-    """Why nothing of the other model can be put into the base; None if it can."""
-    if role not in settings.sources:
-        return "there is one model alone."
-    try:
-        check_same_architecture(load(settings, "base"), load(settings, role))
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def load(settings: Settings, role: str) -> HookedTransformer:

@@ -53,8 +53,7 @@ def measure_minimality(bench: Bench, circuit: Circuit) -> MinimalityByAblation:
             n * (n + 1) // 2 + 2 * n * math.ceil(LARGEST_SHARE * n)
             for n in (len(group.heads) for group in circuit)
         )
-        # The paper's ablation beside the one that is asked for.
-        kinds = dict.fromkeys((bench.settings.ablation, "index"))
+        kinds = bench.ablation_kinds
         most, shown = len(kinds) * (2 + parts) * len(prompts), 0
         with bench.progress(f"{bench.role}: minimality", most) as done:
 

@@ -10,9 +10,13 @@ from tl_entity.methods.compare import Comparison
 from tl_entity.methods.completeness import Completeness
 from tl_entity.methods.discovery import Discovery
 from tl_entity.methods.knockout import KnockoutCurves
+from tl_entity.metrics import RELATIVE_PROBABILITY
 from tl_entity.results import Result, plain
+from tl_entity.studies.design import Words
+from tl_entity.studies.entity_tracking import GROUPS, NAME, SAYS, WORDS
 from tl_entity.study.experiment_results import (
     AccuracyByBoxes,
+    AccuracyOnTask,
     CarriedByCircuit,
     CircuitAttention,
     CircuitsAlone,
@@ -21,7 +25,10 @@ from tl_entity.study.experiment_results import (
     MinimalityByAblation,
     Transfer,
 )
-from tl_entity.study.settings import GROUPS, Settings
+from tl_entity.study.gain_results import Gain
+from tl_entity.study.mechanism_results import MechanismOfModel, SameMechanism
+from tl_entity.study.settings import Settings
+from tl_entity.study.task_settings import TaskSettings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +79,36 @@ class About:
 
 
 @dataclass(frozen=True)
+class StudiedTask:
+    """What a study was of.
+
+    Attributes:
+        name: of the task.
+        says: what is asked.
+        groups: the groups looked for, in their order.
+        metric: what they were looked for by.
+        example: a prompt, token by token.
+        positions: where the named positions are in it.
+        answer: what should follow it.
+        from_python: whether the task was given from Python, so that no command stands for it.
+    """
+
+    name: str = NAME
+    says: str = SAYS
+    groups: tuple[str, ...] = GROUPS
+    metric: str = RELATIVE_PROBABILITY.name
+    example: tuple[str, ...] = ()
+    positions: Mapping[str, int] = field(default_factory=dict[str, int])
+    answer: str = ""
+    from_python: bool = False
+
+    @property
+    def words(self) -> Words:
+        """What names are called; the paper's has words of its own."""
+        return WORDS if self.name == NAME else Words()
+
+
+@dataclass(frozen=True)
 class ModelFindings(Result):
     """What was found of one model. What was not asked for is None.
 
@@ -79,6 +116,7 @@ class ModelFindings(Result):
         about: the model.
         accuracy: its accuracy.
         no_circuit: why no circuit was looked for in it; None if one was.
+        mechanism: the fewest nodes that alone answer as it does.
         pairs: those the circuit was found from.
         discovery: the circuit.
         faithfulness: what the circuit does alone.
@@ -92,8 +130,9 @@ class ModelFindings(Result):
     """
 
     about: About
-    accuracy: AccuracyByBoxes
+    accuracy: AccuracyByBoxes | AccuracyOnTask
     no_circuit: str | None
+    mechanism: MechanismOfModel | None = None
     pairs: KeptPairs | None = None
     discovery: Discovery | None = None
     faithfulness: CircuitsAlone | None = None
@@ -127,6 +166,7 @@ class ModelFindings(Result):
         done = {
             name: plain(found)
             for name in (
+                "mechanism",
                 "pairs",
                 "discovery",
                 "faithfulness",
@@ -163,13 +203,16 @@ class Study(Result):
         versions: of the software.
         models: by role.
         not_compared: why the models were not compared; None if they could be.
+        same_mechanism: which nodes both mechanisms have.
         same_circuit: which heads both circuits have.
         control: the model whose heads stand beside the fine-tune's.
         cmap: heads of one model patched into another, by name.
+        gain: where the fine-tune's gain lies.
         verdict: the answers.
+        task: what it is of.
     """
 
-    settings: Settings
+    settings: Settings | TaskSettings
     sizes: Mapping[str, int]
     receiver_sizes: Mapping[str, int]
     seeds: Mapping[str, int]
@@ -180,6 +223,9 @@ class Study(Result):
     control: About | None = None
     cmap: Mapping[str, Transfer] = field(default_factory=dict[str, Transfer])
     verdict: tuple[Finding, ...] = ()
+    task: StudiedTask = field(default_factory=StudiedTask)
+    same_mechanism: SameMechanism | None = None
+    gain: Gain | None = None
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.models.values()))
@@ -208,13 +254,15 @@ class Study(Result):
         return {
             "settings": {
                 **plain(self.settings.public()),
-                "sizes": {group: self.sizes[group] for group in GROUPS},
+                "sizes": dict(self.sizes),
                 "receiver_sizes": dict(self.receiver_sizes),
             },
             "seeds": dict(self.seeds),
             "versions": dict(self.versions),
+            "task": plain(self.task),
             "models": plain(self.models),
             "not_compared": self.not_compared,
+            "same_mechanism": plain(self.same_mechanism),
             "same_circuit": plain(self.same_circuit),
             "control": None
             if control is None
@@ -222,6 +270,7 @@ class Study(Result):
                 key: getattr(control, key) for key in ("name", "label", "adapter", "fingerprint")
             },
             "cmap": plain(self.cmap),
+            "gain": plain(self.gain),
             "verdict": plain(self.verdict),
         }
 

@@ -10,13 +10,13 @@ from typing import Any
 from tl_entity._typing import checked
 from tl_entity.choices import GIB, AblationKind, Dtype, Engine, MatmulPrecision
 from tl_entity.errors import InputError, did_you_mean
-from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
+from tl_entity.heads import Circuit
 from tl_entity.models.registry import planted_circuit, public_name
-
-GROUPS: tuple[str, ...] = tuple(ENTITY_TRACKING_POSITIONS)
-"""The four groups, in the order of discovery."""
+from tl_entity.studies.entity_tracking import GROUPS as GROUPS
+from tl_entity.studies.entity_tracking import default_receivers, default_sizes
 
 EXPERIMENTS: tuple[str, ...] = (
+    "mechanism",
     "faithfulness",
     "completeness",
     "minimality",
@@ -26,6 +26,7 @@ EXPERIMENTS: tuple[str, ...] = (
     "knockout",
     "cmap",
     "comparison",
+    "gain",
 )
 """What can be asked for by itself."""
 
@@ -34,6 +35,16 @@ SHOWN_BY: Mapping[str, str | None] = {
     "heatmaps": None,
     "circuit": None,
     "circuits": None,
+    "mechanism_map": "mechanism",
+    "mechanism_nodes": "mechanism",
+    "mechanism_edges": "mechanism",
+    "mechanisms": "mechanism",
+    "gain_kinds": "gain",
+    "gain_shares": "gain",
+    "gain_grafts": "gain",
+    "gain_corners": "gain",
+    "gain_units": "gain",
+    "gain_inside": "gain",
     "masks": "dcm",
     "carries": "information",
     "carries_own_heads": "information",
@@ -47,20 +58,16 @@ SHOWN_BY: Mapping[str, str | None] = {
 """The experiment behind a figure or table of another name; None for what is always done. Names of
 figures may have the model's role in front."""
 
-OF_TWO_MODELS = frozenset({"cmap", "comparison"})
+OF_TWO_MODELS = frozenset({"cmap", "comparison", "gain"})
 """Experiments that need a second model, of the same architecture."""
 
-PAPER_HEADS = 1024
-PAPER_SIZES = (40, 7, 20, 5)
-PAPER_RECEIVERS = (20, 5, 10)
-"""Llama-7B's head count, circuit sizes, and how many of a group the next stage patched into."""
-
-SMALLEST_GROUP = 2
 FEWEST_PAIRS = 8
 """With fewer prompts answered right, there is no score worth the name."""
 
 LEAST: Mapping[str, int] = {
     "prompts": 2,
+    "mechanism_prompts": 6,
+    "gain_prompts": 2,
     "pairs": 2,
     "boxes": 2,
     "random_circuits": 0,
@@ -72,6 +79,8 @@ LEAST: Mapping[str, int] = {
 }
 MOST: Mapping[str, int] = {
     "prompts": 100_000,
+    "mechanism_prompts": 100_000,
+    "gain_prompts": 100_000,
     "pairs": 100_000,
     "random_circuits": 10_000,
     "mask_pairs": 100_000,
@@ -126,10 +135,20 @@ class Settings:
         device: such as cpu or cuda; None for the best there is.
         matmul_precision: of float32 matrix products, where the hardware has faster ones: high is
             TF32, medium bfloat16.
-        ceiling: find the base's circuit once more from other pairs, to set what two circuits share
-            beside what one shares with itself. It takes as long as the first time.
-        only: the experiments wanted, of `EXPERIMENTS`; None for all. Accuracy and discovery, which
-            all others build on, are always done.
+        mechanism_prompts: prompts that the mechanism is found on (half of them) and tested on; None
+            for three times `prompts`.
+        target: the share of the accuracy that a mechanism must keep, with the lower end of its
+            interval.
+        agreement: the share of prompts that a mechanism must answer as the whole model does, with
+            the lower end of its interval.
+        gate_training: how the mechanism's gates are trained, where not as usual: fields of
+            GateTraining.
+        edges: also score the edges between the nodes of each mechanism.
+        gain_prompts: prompts that the shares of the gain are from.
+        ceiling: find the base's circuit and mechanism once more from other prompts, to set what two
+            share beside what one shares with itself. It takes as long as the first time.
+        only: the experiments wanted, of `EXPERIMENTS`; None for all. Accuracy is always measured,
+            and circuits are found unless nothing wanted needs one.
         png: also draw every figure as PNG, which takes a second or two each.
     """
 
@@ -158,6 +177,12 @@ class Settings:
     dtype: Dtype = "float32"
     device: str | None = None
     matmul_precision: MatmulPrecision = "highest"
+    mechanism_prompts: int | None = None
+    target: float = 0.9
+    agreement: float = 0.85
+    gate_training: Mapping[str, int | float | str] | None = None
+    edges: bool = False
+    gain_prompts: int = 40
     ceiling: bool = False
     only: tuple[str, ...] | None = None
     png: bool = True
@@ -165,6 +190,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in {**LEAST, **MOST}:
             _check_count(name, getattr(self, name))
+        for name, share in (("target", self.target), ("agreement", self.agreement)):
+            if not 0 < share <= 1:
+                raise InputError(f"The {name} is a share above 0 and up to 1, not {share:g}.")
         if not self.sparsities or not all(0 <= price < math.inf for price in self.sparsities):
             raise InputError(
                 f"Sparsities are prices of 0 or more, not {', '.join(map(str, self.sparsities))}."
@@ -195,6 +223,11 @@ class Settings:
     def discovery_pairs(self) -> int:
         """Pairs that each circuit is found from."""
         return self.prompts if self.pairs is None else self.pairs
+
+    @property
+    def prompts_of_mechanism(self) -> int:
+        """Prompts that a mechanism is found and tested on."""
+        return 3 * self.prompts if self.mechanism_prompts is None else self.mechanism_prompts
 
     @property
     def memory_bytes(self) -> int | None:
@@ -298,25 +331,13 @@ def resolve_sizes(settings: Settings, n_heads: int) -> tuple[dict[str, int], dic
             more heads than the model has.
     """
     known = settings.planted("base")
-    if settings.sizes is not None:
-        sizes = dict(settings.sizes)
-    elif known is not None:
-        sizes = {group: len(known[group]) for group in GROUPS}
-    else:
-        scaled = (round(size * n_heads / PAPER_HEADS) for size in PAPER_SIZES)
-        sizes = {
-            group: min(n_heads, max(SMALLEST_GROUP, size))
-            for group, size in zip(GROUPS, scaled, strict=True)
-        }
+    sizes = default_sizes(known, n_heads) if settings.sizes is None else dict(settings.sizes)
     if settings.receiver_sizes is not None:
         receivers = dict(settings.receiver_sizes)
     elif known is not None and settings.sizes is None:
         receivers = {group: sizes[group] for group in GROUPS[:-1]}
     else:
-        receivers = {
-            group: min(sizes[group], max(SMALLEST_GROUP, round(sizes[group] * part / whole)))
-            for group, part, whole in zip(GROUPS[:-1], PAPER_RECEIVERS, PAPER_SIZES, strict=False)
-        }
+        receivers = default_receivers(sizes)
     for what, counts in (("The group", sizes), ("The receivers of the group", receivers)):
         for group, count in counts.items():
             if not 1 <= count <= n_heads:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tl_entity.results import INFINITE, Result
 from tl_entity.study.experiment_results import Transfer
+from tl_entity.study.gain_results import Gain
+from tl_entity.study.mechanism_results import MechanismOfModel
 from tl_entity.study.results import ModelFindings, Study
 
 if TYPE_CHECKING:
@@ -18,7 +20,13 @@ AS_PUBLISHED = "tuned_into_base_as_published"
 """CMAP with the heads that the paper patches, among the results."""
 
 COLUMNS: Mapping[str, str] = {
-    "accuracy": "boxes correct prompts accuracy low high",
+    "accuracy": "boxes right correct prompts accuracy low high",
+    "mechanism": "left=nodes nodes=n_nodes accuracy accuracy_low accuracy_high faithfulness "
+    "faithfulness_low faithfulness_high agreement agreement_low agreement_high KL KL_low KL_high",
+    "mechanism_nodes": "node layer head role strength score",
+    "mechanisms": "what base=first tuned=second shared gained lost jaccard "
+    "shared_by_chance=chance_shared chance_low chance_high p_value",
+    "mechanism_edges": "sender receiver input score low high exact",
     "circuits": "group position head score",
     "faithfulness": "ablation kept correct prompts accuracy low high "
     "faithfulness faithfulness_low faithfulness_high",
@@ -34,6 +42,14 @@ COLUMNS: Mapping[str, str] = {
     "correct prompts=n_prompts accuracy low high control=control_accuracy",
     "cmap": "patch group correct prompts=n_prompts accuracy low high "
     "gain recovered recovered_low recovered_high",
+    "gain": "kind n_units share low high of_gain",
+    "gain_units": "rank unit kind layer head share low high of_gain size read_by",
+    "gain_inside": "heads part n_units share low high of_gain",
+    "gain_grafts": "units=order n_units of_gain=share alone_accuracy alone_low alone_high "
+    "alone_of_gain alone_of_gain_low alone_of_gain_high without_accuracy without_low without_high "
+    "without_of_gain without_of_gain_low without_of_gain_high",
+    "gain_corners": "layer below below_low below_high above above_low above_high "
+    "interaction interaction_low interaction_high",
     "comparison": "group base=base_heads tuned=tuned_heads shared shared_by_chance=chance_shared "
     "p_value precision recall jaccard jaccard_by_chance=chance_jaccard "
     "jaccard_by_chance_low=chance_jaccard_low jaccard_by_chance_high=chance_jaccard_high "
@@ -53,6 +69,10 @@ def tables_of(study: Study) -> dict[str, "pd.DataFrame"]:
     for name, transfer in study.cmap.items():
         table = f"cmap_{name}" if name in (CONTROL, AS_PUBLISHED) else "cmap"
         frames.setdefault(table, []).append(_transfer(study, transfer))
+    if study.gain is not None:
+        frames |= {name: [_shown(name, f)] for name, f in _of_gain(study.gain).items()}
+    if study.same_mechanism is not None:
+        frames["mechanisms"] = [_shown("mechanisms", study.same_mechanism.to_dataframe())]
     if study.same_circuit is not None:
         frames["comparison"] = [_shown("comparison", study.same_circuit.to_dataframe())]
     if study.verdict:
@@ -88,13 +108,19 @@ def scores_by_ablation(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping
     faithfulness."""
     return [
         (ablation, kept, score)
-        for ablation, part in {found["ablation"]: found, "index": found["by_index"]}.items()
+        for ablation, part in by_ablation(found).items()
         for kept, score in {
             "its circuit": part,
             "every head at its positions": part["every_head"],
             **{f"circuit of {role}": score for role, score in part["other_circuits"].items()},
         }.items()
     ]
+
+
+def by_ablation(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of a model's faithfulness in results.json: what stands there of each ablation."""
+    beside = {"index": found["by_index"]} if "by_index" in found else {}
+    return {found["ablation"]: found, **beside}
 
 
 def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:
@@ -107,6 +133,8 @@ def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:
         "minimality": model.minimality,
     }
     frames = {name: found.to_dataframe() for name, found in results.items() if found is not None}
+    if model.mechanism is not None:
+        frames |= _of_mechanism(model.mechanism)
     if model.completeness is not None:
         rows = model.completeness.to_dataframe()
         frames["completeness"] = rows.replace({"removed": {"": "nothing"}})
@@ -115,6 +143,30 @@ def _frames(model: ModelFindings) -> dict[str, "pd.DataFrame"]:
     if model.knockout is not None:
         # The whole model, in a row without a layer, is among the accuracies.
         frames["knockout"] = model.knockout.to_dataframe().dropna(subset="first_layer")
+    return frames
+
+
+def _of_mechanism(found: MechanismOfModel) -> dict[str, "pd.DataFrame"]:
+    frames = {"mechanism": found.to_dataframe()}
+    if found.found.mechanism is not None:
+        frames["mechanism_nodes"] = found.found.mechanism.table(None)
+    if found.edges is not None and found.edges.edges is not None:
+        frames["mechanism_edges"] = found.edges.edges.to_dataframe()
+    return frames
+
+
+def _of_gain(gain: Gain) -> dict[str, "pd.DataFrame"]:
+    shares = gain.found.shares
+    if shares is None:
+        return {}
+    units = shares.to_dataframe().sort_values(by="rank").reset_index(drop=True)
+    frames = {"gain": gain.to_dataframe(), "gain_units": units}
+    if gain.inside:
+        frames["gain_inside"] = gain.inside_dataframe()
+    if gain.grafts is not None:
+        frames["gain_grafts"] = gain.grafts.to_dataframe()
+    if gain.corners is not None:
+        frames["gain_corners"] = gain.corners.to_dataframe()
     return frames
 
 

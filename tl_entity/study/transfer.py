@@ -6,9 +6,9 @@ from transformer_lens import HookedTransformer
 
 from tl_entity.heads import Circuit, Head
 from tl_entity.methods.cmap import OUTPUT, PATCHES, CrossModelPatching, cmap_by_group
+from tl_entity.studies.entity_tracking import PUBLISHED_KINDS
 from tl_entity.study.experiment_results import GroupMasks, Transfer
 from tl_entity.study.experiments import Bench
-from tl_entity.study.published import PUBLISHED_KINDS
 from tl_entity.study.store import Step
 
 CMAP = Step(CrossModelPatching)

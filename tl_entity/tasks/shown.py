@@ -121,7 +121,7 @@ class ShownPrompts:
 def marked_text(batch: "PromptBatch", row: int) -> str:
     """A prompt as text with its named positions as marks, `[[name|word]]`; the ids of its tokens
     where the batch has no tokenizer."""
-    words = _token_texts(batch, row)
+    words = token_texts(batch, row)
     named = _named(batch, row)
     text = ""
     for i, word in enumerate(words):
@@ -149,7 +149,7 @@ def _heading(kind: str, batch: "PromptBatch") -> str:
     return "\n".join(lines)
 
 
-def _token_texts(batch: "PromptBatch", row: int) -> list[str]:
+def token_texts(batch: "PromptBatch", row: int) -> list[str]:
     """What each token of a prompt adds to its text."""
     ids: list[int] = batch.tokens[row][batch.mask[row]].tolist()
     if batch.tokenizer is None:
@@ -206,7 +206,7 @@ def _html_text(batch: "PromptBatch", row: int) -> str:
     named = _named(batch, row)
     roles = _roles_of(batch, row)
     pieces: list[str] = []
-    for i, word in enumerate(_token_texts(batch, row)):
+    for i, word in enumerate(token_texts(batch, row)):
         bare = word.lstrip(" ")
         names = ", ".join(n.name for n in named if n.start <= i < n.end)
         known = any(n.name in batch.knowing for n in named if n.start <= i < n.end)

@@ -9,8 +9,10 @@ from markupsafe import Markup
 
 from tl_entity.heads import Head
 from tl_entity.results import read_number
-from tl_entity.study.figures import LETTERS
-from tl_entity.study.settings import GROUPS
+from tl_entity.studies.design import Words
+from tl_entity.studies.entity_tracking import NAME
+from tl_entity.study.experiment_results import MOST_LIKELY
+from tl_entity.study.results import StudiedTask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,11 +59,33 @@ def heads_text(heads: Sequence[Sequence[int]]) -> str:
     return " ".join(str(Head(*head)) for head in heads) or NONE
 
 
-def group_cell(group: str) -> str:
-    """`A value_fetcher`; other names as they are."""
-    if group not in LETTERS:
+def words_of(content: Mapping[str, Any]) -> Words:
+    """What names are called in a study, of the content of its results.json."""
+    return StudiedTask(content["task"]["name"]).words
+
+
+def is_of_boxes(content: Mapping[str, Any]) -> bool:
+    """Whether a study is of the paper's task."""
+    return content["task"]["name"] == NAME
+
+
+def main_accuracy(content: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's accuracy on the prompts studied, of the content of results.json."""
+    what = str(content["settings"]["boxes"]) if is_of_boxes(content) else MOST_LIKELY
+    return model["accuracy"][what]
+
+
+def prompts_words(content: Mapping[str, Any]) -> str:
+    """The prompts studied, in words."""
+    boxes = content["settings"]["boxes"]
+    return f"{boxes} boxes" if is_of_boxes(content) else content["task"]["name"]
+
+
+def group_cell(group: str, words: Words) -> str:
+    """`A value_fetcher`; names without a letter as they are."""
+    if group not in words.letters:
         return group
-    return Markup("{} <code>{}</code>").format(LETTERS[group], group)
+    return Markup("{} <code>{}</code>").format(words.letters[group], group)
 
 
 def share_text(found: Mapping[str, Any]) -> str:
@@ -78,6 +102,25 @@ def ratio_text(found: Mapping[str, Any]) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """How often what is left alone answers as the whole model does."""
+    low, high = found["agreement_interval"]
+    return f"{found['agreement']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def mechanism_sentence(model: Mapping[str, Any]) -> str:
+    """What was found in a model, in a sentence."""
+    found = model["mechanism"]
+    if "nodes" not in found:
+        return f"In {model['label']} no mechanism could be looked for: {found['why_not']}"
+    alone, n, n_all = found["alone"], len(found["nodes"]), found["n_all"]
+    return (
+        f"In {model['label']} {n} of {n_all} nodes ({n / n_all:.0%}) alone keep "
+        f"{ratio_text(alone)} of its accuracy of {alone['model']['accuracy']:.3f}, and answer "
+        f"{agreement_text(alone)} of {alone['model']['prompts']} prompts as the whole model does."
+    )
+
+
 def number_text(value: float | None) -> str:
     """A number to two places."""
     return NO_VALUE if value is None else signed(f"{value:.2f}")
@@ -90,9 +133,9 @@ def signed(number: str) -> str:
 
 def size(model: Mapping[str, Any]) -> int:
     """Heads in a model's circuit."""
-    return sum(len(model["circuit"][group]) for group in GROUPS)
+    return sum(map(len, model["circuit"].values()))
 
 
-def sizes_text(circuit: Mapping[str, Sequence[Any]]) -> str:
+def sizes_text(circuit: Mapping[str, Sequence[Any]], groups: Sequence[str]) -> str:
     """Heads of each group: `2/2/2/4`."""
-    return "/".join(str(len(circuit[group])) for group in GROUPS)
+    return "/".join(str(len(circuit[group])) for group in groups)

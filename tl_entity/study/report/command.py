@@ -1,25 +1,37 @@
 """The findings for a terminal, and the command that finds them again."""
 
+import json
 import shlex
 from typing import Any
 
-from tl_entity.study.report.cells import ratio_text, share_text, size, sizes_text
-from tl_entity.study.settings import GROUPS
+from tl_entity.studies.entity_tracking import GROUPS
+from tl_entity.study.report.cells import (
+    main_accuracy,
+    mechanism_sentence,
+    prompts_words,
+    ratio_text,
+    share_text,
+    size,
+    sizes_text,
+)
+from tl_entity.study.settings import Settings
+from tl_entity.study.task_settings import PAPER
 
 
 def summary(results: dict[str, Any]) -> list[str]:
     """The main findings, a line each, for a terminal."""
-    models, boxes = results["models"], results["settings"]["boxes"]
     lines = []
-    for model in models.values():
-        lines.append(
-            f"{model['label']}: accuracy {share_text(model['accuracy'][str(boxes)])} "
-            f"on {boxes} boxes"
-        )
+    for model in results["models"].values():
+        accuracy = share_text(main_accuracy(results, model))
+        lines.append(f"{model['label']}: accuracy {accuracy} on {prompts_words(results)}")
         if model["no_circuit"] is not None:
             lines.append(f"{model['label']}: no circuit was looked for; {model['no_circuit']}.")
             continue
-        sizes = sizes_text(model["circuit"])
+        if "mechanism" in model:
+            lines.append(mechanism_sentence(model))
+        if "circuit" not in model:
+            continue
+        sizes = sizes_text(model["circuit"], results["task"]["groups"])
         line = f"{model['label']}: circuit of {size(model)} heads ({sizes})"
         if "faithfulness" in model:
             control = model["faithfulness"]["random"]
@@ -32,12 +44,13 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 def command(settings: dict[str, Any]) -> str:
     """The command line that does the same again, all settings written out."""
-    sizes = ",".join(str(settings["sizes"][group]) for group in GROUPS)
-    receivers = ",".join(
-        str(settings["receiver_sizes"].get(group, settings["sizes"][group]))
-        for group in GROUPS[:-1]
-    )
-    words = ["tl-entity", "reproduce", "--base", settings["base"]]
+    words = ["tl-entity", "reproduce"]
+    if "task" in settings:
+        words = ["tl-entity", "study", "--task", settings["task"]]
+        words += ["--recipe", settings["recipe"]] if settings["recipe"] else []
+        words += ["--knowing", ",".join(settings["knowing"])] if settings["knowing"] else []
+        words += ["--joined"] * settings["joined"]
+    words += ["--base", settings["base"]]
     words += ["--tuned", settings["tuned"] or "none"]
     if settings["control"] is not None:
         words += ["--control", settings["control"]]
@@ -48,8 +61,10 @@ def command(settings: dict[str, Any]) -> str:
     if settings["pairs"] is not None:
         words += ["--pairs", str(settings["pairs"])]
     words += ["--boxes", str(settings["boxes"])]
-    words += ["--sizes", sizes, "--receiver-sizes", receivers]
+    if settings.get("recipe", PAPER) == PAPER and set(settings["sizes"]) == set(GROUPS):
+        words += _sizes(settings)
     words += ["--random-circuits", str(settings["random_circuits"])]
+    words += _mechanism(settings)
     words += ["--mask-pairs", str(settings["mask_pairs"])]
     words += ["--sparsity", ",".join(map(str, settings["sparsities"]))]
     words += ["--mask-seeds", str(settings["mask_seeds"]), "--draws", str(settings["draws"])]
@@ -68,3 +83,22 @@ def command(settings: dict[str, Any]) -> str:
     if settings["device"] is not None:
         words += ["--device", settings["device"]]
     return shlex.join([*words, "--out", "results"])
+
+
+def _mechanism(settings: dict[str, Any]) -> list[str]:
+    """The options of mechanism and gain, where they are not the usual ones."""
+    words: list[str] = []
+    for name in ("mechanism_prompts", "target", "agreement", "gain_prompts"):
+        if settings[name] != getattr(Settings, name):
+            words += [f"--{name.replace('_', '-')}", f"{settings[name]:g}"]
+    if settings["gate_training"] is not None:
+        words += ["--gate-training", json.dumps(settings["gate_training"])]
+    return words + ["--edges"] * settings["edges"]
+
+
+def _sizes(settings: dict[str, Any]) -> list[str]:
+    """The options of the paper's groups."""
+    sizes, receivers = settings["sizes"], settings["receiver_sizes"]
+    kept = [str(sizes[group]) for group in GROUPS]
+    into = [str(receivers.get(group, sizes[group])) for group in GROUPS[:-1]]
+    return ["--sizes", ",".join(kept), "--receiver-sizes", ",".join(into)]

@@ -4,11 +4,16 @@ other model."""
 from collections.abc import Mapping
 from typing import Any
 
-from tl_entity.study.mechanism_figures import group_words, information_words
-from tl_entity.study.published import PUBLISHED_CMAP, PUBLISHED_CMAP_SIZES, PUBLISHED_KNOCKOUT
+from tl_entity.studies.entity_tracking import (
+    GROUPS,
+    NAME,
+    PUBLISHED_CMAP,
+    PUBLISHED_CMAP_SIZES,
+    PUBLISHED_KNOCKOUT,
+    WORDS,
+)
 from tl_entity.study.report.cells import Table, frame_table, sizes_text, table
 from tl_entity.study.report.story import Values
-from tl_entity.study.settings import GROUPS
 from tl_entity.study.tables import AS_PUBLISHED, CONTROL
 from tl_entity.tasks.desiderata import DESIDERATA
 
@@ -93,7 +98,8 @@ def mechanism_sections(content: dict[str, Any], tables: Mapping[str, Any]) -> li
         add("minimality", "Minimality", **_minimality(content, tables))
     if "knockout" in made:
         shown = frame_table(tables["knockout"], _KNOCKOUT_COLUMNS)
-        published = {f"{accuracy:.2f}": layer for layer, accuracy in PUBLISHED_KNOCKOUT.items()}
+        known = PUBLISHED_KNOCKOUT if content["task"]["name"] == NAME else {}
+        published = {f"{accuracy:.2f}": layer for layer, accuracy in known.items()}
         add("knockout", "Where information passes", table=shown, published=published)
     if cmaps:
         shown = frame_table(tables["cmap"], _CMAP_COLUMNS)
@@ -113,9 +119,9 @@ def mechanism_sections(content: dict[str, Any], tables: Mapping[str, Any]) -> li
 
 def _information(content: dict[str, Any], tables: Any) -> dict[str, Any]:
     models = content["models"]
-    columns = [[information_words(kind.name), kind.says] for kind in DESIDERATA.values()]
+    columns = [[WORDS.kind(kind.name), kind.says] for kind in DESIDERATA.values()]
     left_out = {
-        information_words(name): reason
+        WORDS.kind(name): reason
         for model in models.values()
         for name, reason in model["dcm"]["left_out"].items()
     }
@@ -150,7 +156,8 @@ def _minimality(content: dict[str, Any], tables: Any) -> dict[str, Any]:
         kept[model["label"]] = (sum(entry["kept"] for entry in entries), len(entries))
     there = "minimality" in tables
     shown = frame_table(tables["minimality"], _MINIMALITY_COLUMNS) if there else None
-    return {"kept": kept, "table": shown}
+    by_index = any("by_index" in model["minimality"] for model in content["models"].values())
+    return {"kept": kept, "table": shown, "by_index": by_index}
 
 
 def _as_published(content: dict[str, Any], tables: Any) -> dict[str, Any]:
@@ -159,11 +166,11 @@ def _as_published(content: dict[str, Any], tables: Any) -> dict[str, Any]:
         [name, *(f"{found[group]:.2f}" for group in (*GROUPS, "whole circuit"))]
         for name, found in PUBLISHED_CMAP.items()
     ]
-    header = ["published: Llama-7B with head outputs of", *map(group_words, GROUPS)]
+    header = ["published: Llama-7B with head outputs of", *map(WORDS.group, GROUPS)]
     return {
         "base": base,
         "tuned": tuned,
-        "heads": sizes_text(content["cmap"][AS_PUBLISHED]["heads"]),
+        "heads": sizes_text(content["cmap"][AS_PUBLISHED]["heads"], GROUPS),
         "published_heads": {
             name: "/".join(map(str, found)) for name, found in PUBLISHED_CMAP_SIZES.items()
         },

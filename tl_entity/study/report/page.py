@@ -12,8 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tl_entity.plots.render import figure_html, figure_script, plotly_script
+from tl_entity.study.report.cells import is_of_boxes
 from tl_entity.study.report.circuits import circuit_sections
+from tl_entity.study.report.gain import gain_sections
 from tl_entity.study.report.mechanism import mechanism_sections
+from tl_entity.study.report.nodes import node_sections
 from tl_entity.study.report.story import again_values, first_sections, paper_values
 from tl_entity.study.store import with_circuit
 
@@ -72,11 +75,12 @@ def render_report(
     """
     whole = json.loads(results)
     title = " and ".join(model["label"] for model in whole["models"].values())
+    what = "Entity tracking" if is_of_boxes(whole) else whole["task"]["name"]
     return (
         _environment()
         .get_template("page.html")
         .render(
-            title=f"Entity tracking in {title}",
+            title=f"{what} in {title}",
             style=_asset("page.css"),
             plotly=Markup(plotly_script().read_text(encoding="utf-8")),
             script=Markup(figure_script()),
@@ -96,9 +100,13 @@ def _sections(
     content = {**whole, "models": models}
     found = [Section(*each) for each in first_sections(whole, problem)]
     if models:
-        found += [Section(*each) for each in circuit_sections(content)]
+        found += [Section(*each) for each in node_sections(content, tables)]
+        if all("discovery" in model for model in models.values()):
+            found += [Section(*each) for each in circuit_sections(content)]
         found += [Section(*each) for each in mechanism_sections(content, tables)]
-    if models and all("faithfulness" in model for model in models.values()):
+        found += [Section(*each) for each in gain_sections(content, tables)]
+    tested = bool(models) and all("faithfulness" in model for model in models.values())
+    if tested and is_of_boxes(content):
         found.append(Section("paper", "Beside the paper", paper_values(content)))
     found.append(Section("again", "Settings, versions, running it again", again_values(whole)))
     return found

@@ -5,12 +5,23 @@ from typing import Any
 from markupsafe import Markup
 
 from tl_entity.heads import ENTITY_TRACKING_POSITIONS
-from tl_entity.study.figures import LETTERS, POSITION_WORDS, sorted_counts
+from tl_entity.studies.entity_tracking import (
+    CITATION,
+    DOES,
+    GROUPS,
+    LETTERS,
+    POSITION_WORDS,
+    PUBLISHED,
+    RANDOM_CIRCUIT_ACCURACY,
+)
 from tl_entity.study.mechanism_figures import EXAMPLE
-from tl_entity.study.published import CITATION, PUBLISHED, RANDOM_CIRCUIT_ACCURACY
 from tl_entity.study.report.cells import (
     NO_VALUE,
     Table,
+    is_of_boxes,
+    main_accuracy,
+    mechanism_sentence,
+    prompts_words,
     ratio_text,
     share_text,
     size,
@@ -20,7 +31,6 @@ from tl_entity.study.report.cells import (
 )
 from tl_entity.study.report.command import command
 from tl_entity.study.results import Finding
-from tl_entity.study.settings import GROUPS
 from tl_entity.study.store import with_circuit
 from tl_entity.study.verdict import (
     BETTER,
@@ -34,14 +44,6 @@ from tl_entity.tasks.boxes import mark_sentence
 
 Values = tuple[str, str, dict[str, Any]]
 """Anchor, heading, and what the template is filled with."""
-
-DOES = {
-    "value_fetcher": "look at the object in the box asked about, and write it as the answer.",
-    "pos_transmitter": "look at the label in the question, and hand on which place was found.",
-    "pos_detector": "look back for the same label, and find the place where it stands.",
-    "struct_reader": "take in what stands together: which object belongs to this label.",
-}
-"""What each group of heads does, as the paper tells it."""
 
 PLAINLY: dict[str, dict[str, str]] = {
     BETTER: {
@@ -94,9 +96,15 @@ def example_words() -> list[tuple[str, str]]:
     return pieces
 
 
+def marked_words(task: dict[str, Any]) -> list[tuple[str, str]]:
+    """The same of another task's example, token by token."""
+    named = {at: name for name, at in sorted(task["positions"].items())}
+    return [(word, named.get(at, "")) for at, word in enumerate(task["example"])]
+
+
 def _glance_values(whole: dict[str, Any], problem: str | None) -> dict[str, Any]:
-    models, boxes = whole["models"], str(whole["settings"]["boxes"])
-    circuits = with_circuit(models)
+    models, of_boxes = whole["models"], is_of_boxes(whole)
+    circuits = {role: m for role, m in with_circuit(models).items() if "discovery" in m}
     groups = [
         {
             "letter": LETTERS[group],
@@ -104,18 +112,25 @@ def _glance_values(whole: dict[str, Any], problem: str | None) -> dict[str, Any]
             "does": DOES[group],
             "at": ENTITY_TRACKING_POSITIONS[group],
         }
-        for group in reversed(GROUPS)
+        for group in reversed(GROUPS if of_boxes else ())
     ]
     return {
-        "example": example_words(),
-        "answer": EXAMPLE.answer,
-        "boxes": boxes,
+        "of_boxes": of_boxes,
+        "says": whole["task"]["says"],
+        "example": example_words() if of_boxes else marked_words(whole["task"]),
+        "answer": EXAMPLE.answer if of_boxes else whole["task"]["answer"],
+        "prompts": prompts_words(whole),
         "models": [
-            {"label": model["label"], "accuracy": _percent(model["accuracy"][boxes])}
+            {"label": model["label"], "accuracy": _percent(main_accuracy(whole, model))}
             for model in models.values()
         ],
         "plainly": _plainly(whole["verdict"]),
         "headline": unbroken(headline([Finding(**found) for found in whole["verdict"]])),
+        "mechanisms": [
+            unbroken(mechanism_sentence(model))
+            for model in models.values()
+            if "nodes" in model.get("mechanism", {})
+        ],
         "groups": groups,
         "words": POSITION_WORDS,
         "picture": f"{next(iter(circuits))}_circuit" if circuits else None,
@@ -151,15 +166,15 @@ def _verdict_values(whole: dict[str, Any]) -> dict[str, Any]:
 
 def _numbers(whole: dict[str, Any]) -> Table:
     """The few numbers that a reader wants first."""
-    models, boxes = whole["models"], whole["settings"]["boxes"]
+    models = whole["models"]
     circuits = with_circuit(models)
-    header = ["model", f"accuracy, {boxes} boxes"]
+    header = ["model", f"accuracy, {prompts_words(whole)}"]
     tested = bool(circuits) and all("faithfulness" in model for model in circuits.values())
     if tested:
         header += ["heads in its circuit", "circuit alone", "faithfulness", "random circuits alone"]
     rows: list[list[str]] = []
     for model in models.values():
-        row = [model["label"], share_text(model["accuracy"][str(boxes)])]
+        row = [model["label"], share_text(main_accuracy(whole, model))]
         if "faithfulness" in model:
             found, total = model["faithfulness"], model["n_layers"] * model["n_heads"]
             row += [f"{size(model)} of {total}", share_text(found["circuit"]), ratio_text(found)]
@@ -169,12 +184,15 @@ def _numbers(whole: dict[str, Any]) -> Table:
 
 
 def _accuracy_values(whole: dict[str, Any]) -> dict[str, Any]:
-    models = whole["models"].values()
-    counts = [n for n, _ in sorted_counts(next(iter(models)))]
+    models, of_boxes = whole["models"].values(), is_of_boxes(whole)
+    measured = next(iter(models))["accuracy"]
+    counts = sorted(measured, key=int) if of_boxes else list(measured)
     rows = [[n, *(share_text(model["accuracy"][n]) for model in models)] for n in counts]
+    first = "boxes" if of_boxes else "counted as right"
     return {
-        "prompts": whole["settings"]["prompts"],
-        "table": table(["boxes", *(model["label"] for model in models)], rows),
+        "of_boxes": of_boxes,
+        "prompts": measured[counts[-1]]["prompts"],
+        "table": table([first, *(model["label"] for model in models)], rows),
     }
 
 
@@ -194,7 +212,7 @@ def paper_values(content: dict[str, Any]) -> dict[str, Any]:
             share_text(found["model"]),
             share_text(found["circuit"]),
             ratio_text(found),
-            sizes_text(models[role]["circuit"]),
+            sizes_text(models[role]["circuit"], GROUPS),
         ]
         for role, found in of_the_base.items()
     ]
@@ -222,7 +240,7 @@ def again_values(whole: dict[str, Any]) -> dict[str, Any]:
     """How to do it again."""
     settings = whole["settings"]
     return {
-        "command": command(settings),
+        "command": None if whole["task"]["from_python"] else command(settings),
         "settings": table(
             ["setting", "value"],
             [

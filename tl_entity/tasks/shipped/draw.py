@@ -57,7 +57,7 @@ def task_words(name: str, tokenizer: PreTrainedTokenizerBase) -> TaskWords:
     """
     used: dict[str, list[tuple[str, ...]]] = {}
     left_out: dict[str, list[tuple[str, ...]]] = {}
-    for of_list, words in _task(name).words.items():
+    for of_list, words in task_named(name).words.items():
         forms = [form for word in words for form in word]
         known = set(one_token_words(tokenizer, forms))
         used[of_list] = [word for word in words if known.issuperset(word)]
@@ -81,7 +81,7 @@ def task_pairs(name: str, tokenizer: PreTrainedTokenizerBase, n: int, seed: int 
         InputError: if no task has the name, no pair is asked for, too few of the task's words are
             one token, or the tokenizer writes numbers in a way that the task can't ask for.
     """
-    task = _task(name)
+    task = task_named(name)
     if n < 1:
         raise InputError(f"{n} pairs of the task {name!r}: ask for at least one.")
     words = task_words(name, tokenizer)
@@ -124,7 +124,13 @@ def task_prompts(
     return task_pairs(name, tokenizer, n, seed).clean
 
 
-def _task(name: str) -> Task:
+@checked
+def task_named(name: str) -> Task:
+    """The task that ships under a name.
+
+    Raises:
+        InputError: if there is none.
+    """
     if name not in TASKS:
         near = get_close_matches(name, TASKS, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else "."
