@@ -11,7 +11,6 @@ other half tell how faithful they are:
 4. The nodes are run alone on prompts that had no part in this, beside other sizes and random nodes.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from tl_entity.methods.mechanism_search import Parts, Search, descending
 from tl_entity.methods.path_patching import Engine
 from tl_entity.metrics import LOG_PROBABILITY, Metric
 from tl_entity.tasks.batches import PairBatch, PromptBatch
+from tl_entity.tasks.fingerprint import fingerprint
 
 RANDOM_DRAWS = 3
 """Draws of random nodes that the mechanism is compared with."""
@@ -112,7 +112,7 @@ def find_mechanism(
     search = Search(found_in, gates, parts, target, agreement, settings, seed, progress)
     search.check()
     kept = search.run()
-    report = _Report(search, forward, forward.record(reporting), _fingerprint(clean))
+    report = _Report(search, forward, forward.record(reporting), fingerprint(prompts))
     return report.of(kept, curve, n_random, circuit)
 
 
@@ -245,10 +245,3 @@ def _roles_there(prompts: PromptBatch) -> tuple[str, ...]:
         )
     there = set(prompts.roles.unique().tolist())
     return tuple(name for index, name in enumerate(prompts.role_names) if index in there)
-
-
-def _fingerprint(prompts: PromptBatch) -> str:
-    """A hash of the prompts' tokens, whatever they are padded with."""
-    tokens = prompts.tokens.masked_fill(~prompts.mask, -1).cpu().tolist()
-    plain = [[token for token in row if token >= 0] for row in tokens]
-    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
