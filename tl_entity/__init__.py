@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.path_patching import path_patch as path_patch
     from tl_entity.methods.path_patching import path_patch_mlps as path_patch_mlps
     from tl_entity.methods.random_circuits import random_circuits as random_circuits
+    from tl_entity.methods.stability import MechanismStability as MechanismStability
+    from tl_entity.methods.stability import mechanism_stability as mechanism_stability
     from tl_entity.methods.weight_shares import WeightShares as WeightShares
     from tl_entity.methods.weight_shares import weight_shares as weight_shares
     from tl_entity.methods.weight_units import Unit as Unit
@@ -151,7 +153,9 @@ _HOME = {
     "mean_head_outputs": "methods.ablations",
     "Mechanism": "methods.mechanism_result",
     "mechanism_edges": "methods.edges",
+    "mechanism_stability": "methods.stability",
     "MechanismComparison": "methods.compare_mechanisms",
+    "MechanismStability": "methods.stability",
     "Metric": "metrics",
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
