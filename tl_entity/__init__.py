@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.knockout import knockout_curve as knockout_curve
     from tl_entity.methods.masked_forward import MaskedForward as MaskedForward
     from tl_entity.methods.mechanism import find_mechanism as find_mechanism
+    from tl_entity.methods.mechanism_groups import MechanismGroups as MechanismGroups
+    from tl_entity.methods.mechanism_groups import mechanism_groups as mechanism_groups
     from tl_entity.methods.mechanism_result import Mechanism as Mechanism
     from tl_entity.methods.minimality import minimality as minimality
     from tl_entity.methods.path_patching import HeadScores as HeadScores
@@ -153,8 +155,10 @@ _HOME = {
     "mean_head_outputs": "methods.ablations",
     "Mechanism": "methods.mechanism_result",
     "mechanism_edges": "methods.edges",
+    "mechanism_groups": "methods.mechanism_groups",
     "mechanism_stability": "methods.stability",
     "MechanismComparison": "methods.compare_mechanisms",
+    "MechanismGroups": "methods.mechanism_groups",
     "MechanismStability": "methods.stability",
     "Metric": "metrics",
     "minimality": "methods.minimality",

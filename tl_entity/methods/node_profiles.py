@@ -10,9 +10,9 @@ from tl_entity.heads import Node
 from tl_entity.hooks.edges import Edge
 from tl_entity.methods.edges import Edges
 
-LIKE = 0.5
+LIKE = 0.4
 """Nodes are put together from this likeness up. Two with the same edges are that much alike if one
-is four times as strong as the other."""
+is six times as strong as the other."""
 
 ROUNDS = 5
 """How often groups are made anew by the groups that their edges lead to, at most."""
