@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.mechanism_groups import MechanismGroups as MechanismGroups
     from tl_entity.methods.mechanism_groups import mechanism_groups as mechanism_groups
     from tl_entity.methods.mechanism_result import Mechanism as Mechanism
+    from tl_entity.methods.mib import MIBCircuit as MIBCircuit
+    from tl_entity.methods.mib import mib_circuit as mib_circuit
     from tl_entity.methods.minimality import minimality as minimality
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
@@ -161,6 +163,8 @@ _HOME = {
     "MechanismGroups": "methods.mechanism_groups",
     "MechanismStability": "methods.stability",
     "Metric": "metrics",
+    "mib_circuit": "methods.mib",
+    "MIBCircuit": "methods.mib",
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
