@@ -107,7 +107,7 @@ def find_mechanism(
     check_gates_fit(gates, forward.ablation)
     settings = training or GateTraining()
     found_in = forward.in_bfloat16() if settings.precision == "bfloat16" else forward
-    *finding, reporting = _split(prompts, seed)
+    *finding, reporting = split_prompts(prompts, seed)
     parts = Parts(*(found_in.record(some) for some in finding))
     search = Search(found_in, gates, parts, target, agreement, settings, seed, progress)
     search.check()
@@ -223,8 +223,12 @@ def random_nodes(
     return draws
 
 
-def _split(prompts: PromptBatch | PairBatch, seed: int) -> list[PromptBatch | PairBatch]:
-    """A sixth to train on, a third to choose by, half to report."""
+def split_prompts(prompts: PromptBatch | PairBatch, seed: int) -> list[PromptBatch | PairBatch]:
+    """A sixth to train on, a third to choose by, half to report, as `find_mechanism` takes them.
+
+    Raises:
+        InputError: if there are fewer than six.
+    """
     n = len(prompts)
     if n < 6:
         raise InputError(f"{n} prompts can't be split in six to find and test a mechanism.")
