@@ -89,7 +89,7 @@ def test_the_way_through_another_token_is_an_edge() -> None:
     pairs = PairBatch(by_role(some.clean), by_role(some.corrupt), some.targets)
     key = Edge(STAND_INS[0], ANSWERS, "k")
     edges = mechanism_edges(planted_model(), pairs, [ANSWERS, STAND_INS[0]])
-    assert set(edges.edges[i] for i in edges.order[:2]) == {key, Edge(ANSWERS, None, "logits")}
+    assert {edges.edges[i] for i in edges.order[:2]} == {key, Edge(ANSWERS, None, "logits")}
     assert edges.score_of(key) < -0.5
     beside = mechanism_edges(MODEL, pairs, [ANSWERS, STAND_INS[0]])
     assert abs(beside.score_of(key)) < 0.1

@@ -14,6 +14,7 @@ other half tell how faithful they are:
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from tl_entity.methods.mechanism_result import Mechanism
 from tl_entity.methods.mechanism_search import MechanismStep as MechanismStep
 from tl_entity.methods.mechanism_search import Parts, Search, descending
 from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.search_journal import kept_forward
 from tl_entity.metrics import LOG_PROBABILITY, Metric
 from tl_entity.tasks.batches import PairBatch, PromptBatch
 from tl_entity.tasks.fingerprint import fingerprint
@@ -62,6 +64,7 @@ def find_mechanism(
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
     memory: int | None = None,
+    folder: str | Path | None = None,
     progress: Callable[[MechanismStep], object] = lambda step: None,
 ) -> Mechanism:
     """Find the fewest nodes that alone, all others ablated, answer as the whole model does.
@@ -91,13 +94,15 @@ def find_mechanism(
         engine: "exact", or "hooks" for plain runs of any hooked model.
         batch_size: prompts run together, at most.
         memory: bytes that intermediate results may take; found from the device if left out.
+        folder: where every step is kept, so that a search that was cut off and is called again with
+            the same goes on from there and ends with the same result; a few kilobytes a step.
         progress: called after each step.
 
     Raises:
         InputError: if the prompts have no roles, lack an answer or are too few for the targets to
             be seen reached, the model answers none of them right, MLPs are to be ablated by an
-            ablation without their outputs, the ablation or circuit does not fit, or the exact
-            engine does not fit the model.
+            ablation without their outputs, the ablation or circuit does not fit, the folder has
+            steps of another search, or the exact engine does not fit the model.
     """
     forward = GatedForward.of(
         model, ablation, metric=metric, engine=engine, batch_size=batch_size, memory=memory
@@ -106,6 +111,9 @@ def find_mechanism(
     gates = Gates.filled(model.cfg, _roles_there(clean), 1, mlps=mlps)
     check_gates_fit(gates, forward.ablation)
     settings = training or GateTraining()
+    if folder is not None:
+        told = (target, agreement, metric.name, mlps, settings, tuple(curve), n_random, seed)
+        forward = kept_forward(forward, folder, prompts, *told)
     found_in = forward.in_bfloat16() if settings.precision == "bfloat16" else forward
     *finding, reporting = split_prompts(prompts, seed)
     parts = Parts(*(found_in.record(some) for some in finding))

@@ -174,7 +174,7 @@ class MechanismGroups(Result):
     def table(self, n: int | None = ROWS_SHOWN) -> "pd.DataFrame":
         """The `n` strongest groups, without the single targets."""
         columns = ["group", "nodes", "strength", "looks_at", "reads", "writes", "carries"]
-        rows = self.to_dataframe()[columns] if self.groups else self.to_dataframe()
+        rows = self.to_dataframe().reindex(columns=columns)
         return rows if n is None else rows.head(n)
 
     def beside(self, circuit: Circuit, roles: Mapping[str, str] | None = None) -> "pd.DataFrame":
