@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from tl_entity.methods.edges import Edges as Edges
     from tl_entity.methods.edges import mechanism_edges as mechanism_edges
     from tl_entity.methods.gate_training import GateTraining as GateTraining
-    from tl_entity.methods.gated_forward import NodesEvaluation as NodesEvaluation
     from tl_entity.methods.grafts import graft as graft
     from tl_entity.methods.grafts import graft_curve as graft_curve
     from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.mib import MIBCircuit as MIBCircuit
     from tl_entity.methods.mib import mib_circuit as mib_circuit
     from tl_entity.methods.minimality import minimality as minimality
+    from tl_entity.methods.nodes_evaluation import NodesEvaluation as NodesEvaluation
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
     from tl_entity.methods.path_patching import path_patch as path_patch
@@ -169,7 +169,7 @@ _HOME = {
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
     "Node": "heads",
-    "NodesEvaluation": "methods.gated_forward",
+    "NodesEvaluation": "methods.nodes_evaluation",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
     "pooled_ablation": "methods.ablations",

@@ -108,7 +108,7 @@ def find_mechanism(
         model, ablation, metric=metric, engine=engine, batch_size=batch_size, memory=memory
     )
     clean = prompts.clean if isinstance(prompts, PairBatch) else prompts
-    gates = Gates.filled(model.cfg, _roles_there(clean), 1, mlps=mlps)
+    gates = Gates.filled(model.cfg, roles_there(clean), 1, mlps=mlps)
     check_gates_fit(gates, forward.ablation)
     settings = training or GateTraining()
     if folder is not None:
@@ -249,7 +249,12 @@ def _device(prompts: PromptBatch | PairBatch) -> torch.device:
     return (prompts.clean if isinstance(prompts, PairBatch) else prompts).tokens.device
 
 
-def _roles_there(prompts: PromptBatch) -> tuple[str, ...]:
+def roles_there(prompts: PromptBatch) -> tuple[str, ...]:
+    """The roles that the prompts have tokens of.
+
+    Raises:
+        InputError: if they have no roles.
+    """
     if prompts.roles is None:
         raise InputError(
             "Nodes are heads at the tokens of a role, and the prompts have no roles; give "
