@@ -58,5 +58,5 @@ def test_stored_whole_small_and_without_machine_noise(path):
     assert not re.search(r"(/tmp/|/home/|/root/|/Users/|site-packages|\bit/s\b)", shown(notebook))
 
 
-def test_there_are_seven():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i:02d}" for i in range(1, 8)]
+def test_there_are_eight():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i:02d}" for i in range(1, 9)]

@@ -51,20 +51,26 @@ if TYPE_CHECKING:
     from tl_entity.methods.edges import Edges as Edges
     from tl_entity.methods.edges import mechanism_edges as mechanism_edges
     from tl_entity.methods.gate_training import GateTraining as GateTraining
-    from tl_entity.methods.gated_forward import NodesEvaluation as NodesEvaluation
     from tl_entity.methods.grafts import graft as graft
     from tl_entity.methods.grafts import graft_curve as graft_curve
     from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
     from tl_entity.methods.knockout import knockout_curve as knockout_curve
     from tl_entity.methods.masked_forward import MaskedForward as MaskedForward
     from tl_entity.methods.mechanism import find_mechanism as find_mechanism
+    from tl_entity.methods.mechanism_groups import MechanismGroups as MechanismGroups
+    from tl_entity.methods.mechanism_groups import mechanism_groups as mechanism_groups
     from tl_entity.methods.mechanism_result import Mechanism as Mechanism
+    from tl_entity.methods.mib import MIBCircuit as MIBCircuit
+    from tl_entity.methods.mib import mib_circuit as mib_circuit
     from tl_entity.methods.minimality import minimality as minimality
+    from tl_entity.methods.nodes_evaluation import NodesEvaluation as NodesEvaluation
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
     from tl_entity.methods.path_patching import path_patch as path_patch
     from tl_entity.methods.path_patching import path_patch_mlps as path_patch_mlps
     from tl_entity.methods.random_circuits import random_circuits as random_circuits
+    from tl_entity.methods.stability import MechanismStability as MechanismStability
+    from tl_entity.methods.stability import mechanism_stability as mechanism_stability
     from tl_entity.methods.stages import Stage as Stage
     from tl_entity.methods.weight_shares import WeightShares as WeightShares
     from tl_entity.methods.weight_shares import weight_shares as weight_shares
@@ -151,13 +157,19 @@ _HOME = {
     "mean_head_outputs": "methods.ablations",
     "Mechanism": "methods.mechanism_result",
     "mechanism_edges": "methods.edges",
+    "mechanism_groups": "methods.mechanism_groups",
+    "mechanism_stability": "methods.stability",
     "MechanismComparison": "methods.compare_mechanisms",
+    "MechanismGroups": "methods.mechanism_groups",
+    "MechanismStability": "methods.stability",
     "Metric": "metrics",
+    "mib_circuit": "methods.mib",
+    "MIBCircuit": "methods.mib",
     "minimality": "methods.minimality",
     "MLPScores": "methods.path_patching",
     "PairBatch": "tasks.batches",
     "Node": "heads",
-    "NodesEvaluation": "methods.gated_forward",
+    "NodesEvaluation": "methods.nodes_evaluation",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
     "pooled_ablation": "methods.ablations",

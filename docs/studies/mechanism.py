@@ -1,8 +1,10 @@
 """The mechanism of a model: the fewest nodes, blind to the box asked about, that alone answer as it
-does; beside random nodes of the same layers and roles, and a circuit of the paper's four groups.
+does; beside random nodes of the same layers and roles, and a circuit of the paper's four groups. Of
+the box task, or of another task that ships.
 
 python docs/studies/mechanism.py MODEL --circuit results/base_circuit.json --out mechanism.json
 python docs/studies/mechanism.py MODEL --adapter FOLDER --out mechanism.json
+python docs/studies/mechanism.py MODEL --task capitals --prompts 180 --out mechanism.json
 """
 
 import argparse
@@ -17,14 +19,20 @@ from tl_entity import (
     Circuit,
     GateTraining,
     NodesEvaluation,
+    PromptBatch,
     box_prompts,
     discovery_pairs,
     find_mechanism,
     load_model,
     pooled_ablation,
+    task_pairs,
+    task_prompts,
 )
 from tl_entity.choices import GIB
 from tl_entity.methods.mechanism import MechanismStep
+
+BOXES = "boxes"
+"""The task of the paper."""
 
 
 def main() -> None:
@@ -32,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--adapter")
+    parser.add_argument("--task", default=BOXES, help="one of those that ship; boxes if left out")
     parser.add_argument("--circuit", type=Path)
     parser.add_argument("--prompts", type=int, default=240)
     parser.add_argument("--others", type=int, default=100, help="prompts for the ablation")
@@ -49,9 +58,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = load_model(options.model, adapter=options.adapter, device=options.device)
-    tokenizer, boxes, seed = model.tokenizer, options.boxes, options.seed
-    prompts = box_prompts(tokenizer, options.prompts, n_boxes=boxes, seed=seed)
-    others = discovery_pairs(tokenizer, options.others, n_boxes=boxes, seed=seed + 1).corrupt
+    prompts, others = drawn(model.tokenizer, options)
     began, used = time.perf_counter(), time.process_time()
     found = find_mechanism(
         model,
@@ -63,7 +70,7 @@ def main() -> None:
         training=GateTraining(**options.training),
         curve=options.curve,
         n_random=options.random,
-        seed=seed,
+        seed=options.seed,
         batch_size=options.batch_size,
         memory=None if options.memory is None else int(options.memory * GIB),
         progress=show,
@@ -76,13 +83,15 @@ def main() -> None:
     if options.save is not None:
         found.save(options.save)
     content = {
+        "model": Path(options.model).stem,
+        "task": options.task,
         "prompts": {
             "training": found.n_training,
             "choosing": found.n_choosing,
             "reporting": len(found.found),
         },
-        "boxes": boxes,
-        "seed": seed,
+        "boxes": options.boxes if options.task == BOXES else None,
+        "seed": options.seed,
         "ablation": found.ablation,
         "target": found.target,
         "agreement_target": found.agreement_target,
@@ -90,6 +99,8 @@ def main() -> None:
         **seconds,
         "all_nodes": found.n_all,
         "accuracy_of_the_model": found.found.whole.accuracy,
+        "accuracy_interval": list(found.found.whole.interval),
+        "roles": list(found.roles),
         "mechanism": numbers(found.found),
         "curve": [numbers(point) for point in found.curve],
         "random": [numbers(point) for point in found.random],
@@ -101,6 +112,16 @@ def main() -> None:
     }
     options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"{found}\n")
+
+
+def drawn(tokenizer, options) -> tuple[PromptBatch, PromptBatch]:
+    """The prompts that are searched and reported, and others for the ablation."""
+    n, seed = options.prompts, options.seed
+    if options.task == BOXES:
+        pairs = discovery_pairs(tokenizer, options.others, n_boxes=options.boxes, seed=seed + 1)
+        return box_prompts(tokenizer, n, n_boxes=options.boxes, seed=seed), pairs.corrupt
+    pairs = task_pairs(options.task, tokenizer, options.others, seed + 1)
+    return task_prompts(options.task, tokenizer, n, seed), pairs.corrupt
 
 
 def numbers(point: NodesEvaluation) -> dict[str, object]:

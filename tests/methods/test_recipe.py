@@ -148,6 +148,9 @@ def test_a_fingerprint_is_of_all_that_counts():
         torch.nn.functional.pad(clean.mask.long(), (3, 2)),
     )
     assert fingerprint(replace(PAIRS, clean=wider)) == fingerprint(PAIRS[:])
+    assert fingerprint(wider) == fingerprint(clean)
+    answered = replace(clean, answers=(clean.answers + 1) % 20)
+    assert len({fingerprint(some) for some in (clean, clean[:4], moved, answered)}) == 4
 
 
 @pytest.mark.parametrize("engine", ["exact", "hooks"])

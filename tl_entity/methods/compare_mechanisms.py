@@ -1,20 +1,30 @@
 """Is it the same mechanism? The nodes and edges of two models, side by side."""
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Node
-from tl_entity.hooks.edges import Edge
 from tl_entity.methods.circuits import Faithfulness
 from tl_entity.methods.edges import Edges, HasNodes
+from tl_entity.methods.mechanism_overlap import (
+    EdgeOverlap,
+    NodeOverlap,
+    edge_overlap,
+    node_overlap,
+)
+from tl_entity.methods.stability import (
+    STANDINGS,
+    MechanismStability,
+    candidates_of,
+    mechanism_stability,
+    nodes_of,
+)
 from tl_entity.results import Result
-from tl_entity.stats import Chance, overlap_by_chance, overlap_of_choices
+from tl_entity.stats import Chance
 from tl_entity.tasks.batches import PromptBatch
 
 if TYPE_CHECKING:
@@ -24,84 +34,8 @@ if TYPE_CHECKING:
 EDGES_COMPARED = 20
 """So many of each model's strongest edges are compared, those that are exact and clear of zero."""
 
-
-@dataclass(frozen=True)
-class _Overlap:
-    """What is shared by two sets, and what would be by chance."""
-
-    shared: tuple[Any, ...]
-    gained: tuple[Any, ...]
-    lost: tuple[Any, ...]
-    chance: Chance
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.shared)} shared ({self.chance.expected:.1f} by chance, "
-            f"p = {self.p_value:.2g}), {len(self.gained)} gained, {len(self.lost)} lost, "
-            f"Jaccard {self.jaccard:.2f}"
-        )
-
-    @property
-    def jaccard(self) -> float:
-        """What is shared as a share of what is in either; NaN if there is nothing."""
-        either = len(self.shared) + len(self.gained) + len(self.lost)
-        return len(self.shared) / either if either else float("nan")
-
-    @property
-    def p_value(self) -> float:
-        """How probable it is to share so many or more by chance."""
-        return self.chance.at_least(len(self.shared))
-
-
-@dataclass(frozen=True)
-class NodeOverlap(_Overlap):
-    """Nodes of two mechanisms.
-
-    Attributes:
-        shared: nodes in both.
-        gained: nodes only in the second.
-        lost: nodes only in the first.
-        chance: how many would be shared if each mechanism's nodes were drawn anew within their own
-            layers, heads and MLPs apart.
-        chance_in_roles: the same if they were also drawn within their own roles.
-    """
-
-    shared: tuple[Node, ...]
-    gained: tuple[Node, ...]
-    lost: tuple[Node, ...]
-    chance: Chance
-    chance_in_roles: Chance
-
-    def __str__(self) -> str:
-        return (
-            f"{super().__str__()}; drawn within roles too {self.chance_in_roles.expected:.1f} by "
-            f"chance, p = {self.p_value_in_roles:.2g}"
-        )
-
-    @property
-    def p_value_in_roles(self) -> float:
-        """How probable it is to share so many or more by chance if which roles matter in which
-        layer is no sign of a common mechanism either, as where all of them read the last token."""
-        return self.chance_in_roles.at_least(len(self.shared))
-
-
-@dataclass(frozen=True)
-class EdgeOverlap(_Overlap):
-    """Strongest edges of two mechanisms.
-
-    Attributes:
-        shared: edges in both.
-        gained: edges only in the second.
-        lost: edges only in the first.
-        chance: how many would be shared if each mechanism's were drawn anew among the edges that
-            there can be between its nodes, within their own sender's layer, receiver's layer and
-            input.
-    """
-
-    shared: tuple[Edge, ...]
-    gained: tuple[Edge, ...]
-    lost: tuple[Edge, ...]
-    chance: Chance
+FIRST_SEARCH = "first"
+"""Names the search that gave the mechanism compared, beside one that was made again."""
 
 
 @checked
@@ -116,6 +50,7 @@ class MechanismComparison(Result):
         faithfulness: of each mechanism in each model, such as `base in tuned`.
         base_edges: the base's edges; None if none were given.
         tuned_edges: the fine-tune's.
+        stability: by model, which nodes are found again and again.
     """
 
     nodes: NodeOverlap
@@ -124,6 +59,9 @@ class MechanismComparison(Result):
     faithfulness: Mapping[str, Faithfulness]
     base_edges: Edges | None
     tuned_edges: Edges | None
+    stability: Mapping[str, MechanismStability] = field(
+        default_factory=dict[str, MechanismStability]
+    )
 
     def __str__(self) -> str:
         text = f"nodes: {self.nodes}"
@@ -131,7 +69,51 @@ class MechanismComparison(Result):
             text += f"; edges: {self.edges}"
         for name, found in self.ceiling.items():
             text += f"; {name} found again: Jaccard {found.jaccard:.2f}"
+        for name, found in self.stability.items():
+            counts = (f"{len(found.nodes(standing))} {standing}" for standing in STANDINGS)
+            text += f"; {name} in {len(found.found)} searches: {', '.join(counts)}"
+        if (settled := self.settled) is not None:
+            counts = (f"{len(nodes)} {name}" for name, nodes in settled.items())
+            text += f"; settled by these searches: {', '.join(counts)}"
         return text
+
+    @property
+    def settled(self) -> dict[str, tuple[Node, ...]] | None:
+        """What holds whichever of the searches is taken: nodes that are core in both models are
+        kept, those that are core in one and that no search finds in the other are lost or gained.
+        None if the searches were not repeated in both."""
+        base, tuned = (self.stability.get(name) for name in ("base", "tuned"))
+        if base is None or tuned is None:
+            return None
+        return {
+            "kept": tuple(node for node in base.core if node in tuned.core),
+            "lost": tuple(node for node in base.core if tuned.standing(node) is None),
+            "gained": tuple(node for node in tuned.core if base.standing(node) is None),
+        }
+
+    def nodes_dataframe(self) -> "pd.DataFrame":
+        """One row a node of either mechanism: whether it is shared, lost or gained, and how it
+        stands in each model's repeated searches, if there were any."""
+        import pandas as pd
+
+        overlap = self.nodes
+        groups = {"shared": overlap.shared, "lost": overlap.lost, "gained": overlap.gained}
+        rows = [(group, node) for group, nodes in groups.items() for node in nodes]
+        return pd.DataFrame(
+            [
+                {
+                    "node": str(node),
+                    "layer": node.layer,
+                    "role": node.role,
+                    "is": group,
+                    **{
+                        f"{model} standing": found.standing(node) or "never found"
+                        for model, found in self.stability.items()
+                    },
+                }
+                for group, node in rows
+            ]
+        )
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for nodes, for edges, and for each mechanism found again: how many there are, are
@@ -211,7 +193,7 @@ def compare_mechanisms(
     *,
     candidates: Sequence[Node] | None = None,
     edges: tuple[Edges, Edges] | None = None,
-    again: Mapping[str, HasNodes | Sequence[Node]] | None = None,
+    again: Mapping[str, HasNodes | Sequence[Node] | MechanismStability] | None = None,
     faithfulness: Mapping[str, Faithfulness] | None = None,
     models: tuple[Model, Model] | None = None,
     prompts: PromptBatch | None = None,
@@ -229,7 +211,8 @@ def compare_mechanisms(
         edges: the edges of both; of each the strongest twenty that are exact and whose intervals
             leave out zero are compared.
         again: under "base" and "tuned", the same model's mechanism found again from other prompts
-            or with another seed: the ceiling.
+            or with another seed: the ceiling. Several searches go in as `mechanism_stability` gives
+            them, the mechanism itself the first.
         faithfulness: what was measured of the mechanisms in models, by name.
         models: both models, to measure how each mechanism does in each of them; goes with
             `prompts`.
@@ -240,15 +223,22 @@ def compare_mechanisms(
             neither model, edges are not between a mechanism's nodes, or models and prompts don't go
             together.
     """
-    ours, theirs = _nodes(base), _nodes(tuned)
-    possible = _candidates(base) if candidates is None else [Node(*node) for node in candidates]
+    ours, theirs = nodes_of(base), nodes_of(tuned)
+    possible = candidates_of(base) if candidates is None else [Node(*node) for node in candidates]
     if (models is None) != (prompts is None):
         raise InputError("Models and prompts go together: give both or neither.")
     ceiling: dict[str, NodeOverlap] = {}
+    stability: dict[str, MechanismStability] = {}
     for name, found in (again or {}).items():
         if name not in ("base", "tuned"):
             raise InputError(f"{name!r} found again is neither 'base' nor 'tuned'.")
-        ceiling[name] = _overlap(ours if name == "base" else theirs, _nodes(found), possible)
+        nodes = ours if name == "base" else theirs
+        stability[name] = _stability(nodes, found, possible)
+        for search, others in list(stability[name].found.items())[1:]:
+            # Another phrasing has roles of its own.
+            could = list(dict.fromkeys([*possible, *others]))
+            key = f"{name}, {search}" if isinstance(found, MechanismStability) else name
+            ceiling[key] = node_overlap(nodes, others, could)
     measured = dict(faithfulness or {})
     if models is not None and prompts is not None:
         measured |= _each_in_each((base, tuned), models, prompts)
@@ -257,83 +247,31 @@ def compare_mechanisms(
             stranger = next(node for node in found.nodes if node not in nodes)
             raise InputError(f"The {name}'s edges have {stranger}, which its mechanism lacks.")
     return MechanismComparison(
-        nodes=_overlap(ours, theirs, possible),
-        edges=None if edges is None else _edge_overlap(*edges),
+        nodes=node_overlap(ours, theirs, possible),
+        edges=None if edges is None else edge_overlap(*edges, EDGES_COMPARED),
         ceiling=ceiling,
         faithfulness=measured,
         base_edges=None if edges is None else edges[0],
         tuned_edges=None if edges is None else edges[1],
+        stability=stability,
     )
 
 
-def _nodes(mechanism: HasNodes | Sequence[Node]) -> tuple[Node, ...]:
-    nodes = mechanism.nodes if isinstance(mechanism, HasNodes) else mechanism
-    return tuple(dict.fromkeys(Node(*node) for node in nodes))
-
-
-def _candidates(mechanism: HasNodes | Sequence[Node]) -> list[Node]:
-    """Every head, and every MLP if these are nodes, at every role that the mechanism knows of."""
-    shape: Any = mechanism
-    try:
-        layers, heads, roles = shape.n_layers, shape.n_heads, shape.roles
-        with_mlps = shape.with_mlps
-    except AttributeError:
+def _stability(
+    nodes: Sequence[Node],
+    again: HasNodes | Sequence[Node] | MechanismStability,
+    candidates: Sequence[Node],
+) -> MechanismStability:
+    if not isinstance(again, MechanismStability):
+        found = {FIRST_SEARCH: nodes, "again": nodes_of(again)}
+        return mechanism_stability(found, candidates=candidates)
+    name, first = next(iter(again.found.items()))
+    if {*first} != {*nodes}:
         raise InputError(
-            "Chance needs all nodes that could have been chosen: give them as candidates."
-        ) from None
-    kinds = [*range(heads), *([None] if with_mlps else [])]
-    return [Node(layer, kind, role) for layer in range(layers) for kind in kinds for role in roles]
-
-
-def _overlap(
-    ours: Sequence[Node], theirs: Sequence[Node], candidates: Sequence[Node]
-) -> NodeOverlap:
-    missing = ({*ours} | {*theirs}) - {*candidates}
-    if missing:
-        raise InputError(f"{min(missing, key=str)} is none of the candidates.")
-
-    def chance(cell: Callable[[Node], Hashable]) -> Chance:
-        sizes = Counter(map(cell, dict.fromkeys(candidates)))
-        one, other = (Counter(map(cell, nodes)) for nodes in (ours, theirs))
-        return reduce(
-            Chance.and_also,
-            (overlap_by_chance(n, one[key], other[key]) for key, n in sizes.items()),
-            overlap_by_chance(0, 0, 0),
+            f"The first of the repeated searches, {name!r}, has other nodes than the mechanism "
+            "that is compared; give the mechanism itself as the first."
         )
-
-    return NodeOverlap(
-        shared=tuple(node for node in ours if node in theirs),
-        gained=tuple(node for node in theirs if node not in ours),
-        lost=tuple(node for node in ours if node not in theirs),
-        chance=chance(lambda node: (node.layer, node.head is None)),
-        chance_in_roles=chance(lambda node: (node.layer, node.head is None, node.role)),
-    )
-
-
-def _edge_overlap(base: Edges, tuned: Edges) -> EdgeOverlap:
-    ours, theirs = (found.top(EDGES_COMPARED, clear=True) for found in (base, tuned))
-
-    def cell(edge: Edge) -> Hashable:
-        to = None if edge.receiver is None else edge.receiver.layer
-        return edge.sender.layer, to, edge.input
-
-    counts = [
-        Counter(map(cell, some))
-        for some in (base.edges, tuned.edges, ours, theirs, {*base.edges} & {*tuned.edges})
-    ]
-    cells = dict.fromkeys((*counts[2], *counts[3]))
-    chances = (
-        overlap_of_choices(
-            counts[0][key], counts[2][key], counts[1][key], counts[3][key], counts[4][key]
-        )
-        for key in cells
-    )
-    return EdgeOverlap(
-        shared=tuple(edge for edge in ours if edge in theirs),
-        gained=tuple(edge for edge in theirs if edge not in ours),
-        lost=tuple(edge for edge in ours if edge not in theirs),
-        chance=reduce(Chance.and_also, chances, overlap_by_chance(0, 0, 0)),
-    )
+    return again
 
 
 def _each_in_each(

@@ -1,6 +1,5 @@
 """Finding a circuit back to front, one path patching a group (Prakash et al. 2024, §3.2)."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +21,7 @@ from tl_entity.metrics import RELATIVE_PROBABILITY, Metric
 from tl_entity.results import ROWS_SHOWN, Label, Result, plain
 from tl_entity.runs.runner import Runner, RunSettings
 from tl_entity.tasks.batches import PairBatch
+from tl_entity.tasks.fingerprint import fingerprint as fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -316,21 +316,6 @@ def _found(scores: HeadScores, n: int, stage: Stage) -> tuple[Head, ...]:
     ranked = [head for head in scores.ranked() if head in stage.senders][:n]
     below_zero = set(scores.found(scores.scores.numel()))
     return tuple(head for head in ranked if head in below_zero)
-
-
-@checked
-def fingerprint(pairs: PairBatch) -> str:
-    """A text that is equal only for the same pairs: prompts, positions, targets and foils, whatever
-    the prompts are padded with."""
-    told: list[object] = [pairs.targets.tolist()]
-    told.append(None if pairs.foils is None else pairs.foils.tolist())
-    for prompts in (pairs.clean, pairs.corrupt):
-        mask = prompts.mask
-        begins = mask.int().argmax(1)
-        told.append([row[here].tolist() for row, here in zip(prompts.tokens, mask, strict=True)])
-        positions = {name: (at - begins).tolist() for name, at in prompts.positions.items()}
-        told.append(sorted(positions.items()))
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 @checked

@@ -11,10 +11,10 @@ other half tell how faithful they are:
 4. The nodes are run alone on prompts that had no part in this, beside other sizes and random nodes.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,8 +34,10 @@ from tl_entity.methods.mechanism_result import Mechanism
 from tl_entity.methods.mechanism_search import MechanismStep as MechanismStep
 from tl_entity.methods.mechanism_search import Parts, Search, descending
 from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.search_journal import kept_forward
 from tl_entity.metrics import LOG_PROBABILITY, Metric
 from tl_entity.tasks.batches import PairBatch, PromptBatch
+from tl_entity.tasks.fingerprint import fingerprint
 
 RANDOM_DRAWS = 3
 """Draws of random nodes that the mechanism is compared with."""
@@ -62,6 +64,7 @@ def find_mechanism(
     engine: Engine = "exact",
     batch_size: int = BATCH_SIZE,
     memory: int | None = None,
+    folder: str | Path | None = None,
     progress: Callable[[MechanismStep], object] = lambda step: None,
 ) -> Mechanism:
     """Find the fewest nodes that alone, all others ablated, answer as the whole model does.
@@ -91,28 +94,33 @@ def find_mechanism(
         engine: "exact", or "hooks" for plain runs of any hooked model.
         batch_size: prompts run together, at most.
         memory: bytes that intermediate results may take; found from the device if left out.
+        folder: where every step is kept, so that a search that was cut off and is called again with
+            the same goes on from there and ends with the same result; a few kilobytes a step.
         progress: called after each step.
 
     Raises:
         InputError: if the prompts have no roles, lack an answer or are too few for the targets to
             be seen reached, the model answers none of them right, MLPs are to be ablated by an
-            ablation without their outputs, the ablation or circuit does not fit, or the exact
-            engine does not fit the model.
+            ablation without their outputs, the ablation or circuit does not fit, the folder has
+            steps of another search, or the exact engine does not fit the model.
     """
     forward = GatedForward.of(
         model, ablation, metric=metric, engine=engine, batch_size=batch_size, memory=memory
     )
     clean = prompts.clean if isinstance(prompts, PairBatch) else prompts
-    gates = Gates.filled(model.cfg, _roles_there(clean), 1, mlps=mlps)
+    gates = Gates.filled(model.cfg, roles_there(clean), 1, mlps=mlps)
     check_gates_fit(gates, forward.ablation)
     settings = training or GateTraining()
+    if folder is not None:
+        told = (target, agreement, metric.name, mlps, settings, tuple(curve), n_random, seed)
+        forward = kept_forward(forward, folder, prompts, *told)
     found_in = forward.in_bfloat16() if settings.precision == "bfloat16" else forward
-    *finding, reporting = _split(prompts, seed)
+    *finding, reporting = split_prompts(prompts, seed)
     parts = Parts(*(found_in.record(some) for some in finding))
     search = Search(found_in, gates, parts, target, agreement, settings, seed, progress)
     search.check()
     kept = search.run()
-    report = _Report(search, forward, forward.record(reporting), _fingerprint(clean))
+    report = _Report(search, forward, forward.record(reporting), fingerprint(prompts))
     return report.of(kept, curve, n_random, circuit)
 
 
@@ -231,13 +239,17 @@ def reporting_prompts(prompts: PromptBatch, *, seed: int) -> PromptBatch:
     Raises:
         InputError: if there are too few prompts to be split.
     """
-    reported = _split(prompts, seed)[-1]
+    reported = split_prompts(prompts, seed)[-1]
     assert isinstance(reported, PromptBatch)
     return reported
 
 
-def _split(prompts: PromptBatch | PairBatch, seed: int) -> list[PromptBatch | PairBatch]:
-    """A sixth to train on, a third to choose by, half to report."""
+def split_prompts(prompts: PromptBatch | PairBatch, seed: int) -> list[PromptBatch | PairBatch]:
+    """A sixth to train on, a third to choose by, half to report, as `find_mechanism` takes them.
+
+    Raises:
+        InputError: if there are fewer than six.
+    """
     n = len(prompts)
     if n < 6:
         raise InputError(f"{n} prompts can't be split in six to find and test a mechanism.")
@@ -250,7 +262,12 @@ def _device(prompts: PromptBatch | PairBatch) -> torch.device:
     return (prompts.clean if isinstance(prompts, PairBatch) else prompts).tokens.device
 
 
-def _roles_there(prompts: PromptBatch) -> tuple[str, ...]:
+def roles_there(prompts: PromptBatch) -> tuple[str, ...]:
+    """The roles that the prompts have tokens of.
+
+    Raises:
+        InputError: if they have no roles.
+    """
     if prompts.roles is None:
         raise InputError(
             "Nodes are heads at the tokens of a role, and the prompts have no roles; give "
@@ -258,10 +275,3 @@ def _roles_there(prompts: PromptBatch) -> tuple[str, ...]:
         )
     there = set(prompts.roles.unique().tolist())
     return tuple(name for index, name in enumerate(prompts.role_names) if index in there)
-
-
-def _fingerprint(prompts: PromptBatch) -> str:
-    """A hash of the prompts' tokens, whatever they are padded with."""
-    tokens = prompts.tokens.masked_fill(~prompts.mask, -1).cpu().tolist()
-    plain = [[token for token in row if token >= 0] for row in tokens]
-    return hashlib.sha256(repr(plain).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from tl_entity.stats.chance import (
     layered_overlap_by_chance,
     overlap_by_chance,
     overlap_of_choices,
+    shared_by_all,
 )
 from tl_entity.stats.intervals import (
     NO_INTERVAL,
@@ -41,6 +42,7 @@ __all__ = [
     "paired_share",
     "paired_share_interval",
     "share_scores",
+    "shared_by_all",
     "spearman",
     "wilson_interval",
 ]

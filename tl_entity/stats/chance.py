@@ -1,7 +1,7 @@
 """How much two choices share by chance."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -92,6 +92,27 @@ def overlap_of_choices(
         shared = np.array(overlap_by_chance(ours, our_choice, met).probabilities)
         total[: len(shared)] += weight * shared
     return _chance(total)
+
+
+@checked
+def shared_by_all(population: int, choices: Sequence[int]) -> Chance:
+    """How many of `population` things are in every one of several random choices, each of so many
+    things drawn without replacement.
+
+    Raises:
+        ValueError: if a choice is larger than the population or negative, or there is none.
+    """
+    if not choices:
+        raise ValueError("Without a choice nothing is shared.")
+    shared = np.zeros(choices[0] + 1)
+    shared[-1] = 1
+    for size in choices[1:]:
+        after = np.zeros_like(shared)
+        for n, probability in enumerate(shared):
+            met = _hypergeometric(population, n, size)
+            after[: len(met)] += probability * met
+        shared = after
+    return _chance(shared)
 
 
 def _chance(probabilities: np.ndarray) -> Chance:
