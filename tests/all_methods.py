@@ -36,6 +36,7 @@ from tl_entity import (
     mean_head_outputs,
     mechanism_edges,
     minimality,
+    patch_grid,
     path_patch,
     path_patch_mlps,
     pooled_ablation,
@@ -181,6 +182,12 @@ METHODS: dict[str, Call] = {
     "gradient of gates": gate_gradient,
     "mechanism_edges": lambda m, p, e: (
         mechanism_edges(m, role_pairs(p), NODES, engine=e).per_example
+    ),
+    "patch_grid": lambda m, p, e: (
+        patch_grid(m, p, tokens=["early", "place", "last"], engine=e).per_example
+    ),
+    "patch_grid of heads": lambda m, p, e: (
+        patch_grid(m, p, "z", into="corrupt", tokens=["early", "last"], engine=e).per_example
     ),
     "four_corners": lambda m, p, e: four_corners(m, m, p, engine=e).change,
 }

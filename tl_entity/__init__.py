@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from tl_entity.methods.mib import mib_circuit as mib_circuit
     from tl_entity.methods.minimality import minimality as minimality
     from tl_entity.methods.nodes_evaluation import NodesEvaluation as NodesEvaluation
+    from tl_entity.methods.patch_grid import patch_grid as patch_grid
     from tl_entity.methods.path_patching import HeadScores as HeadScores
     from tl_entity.methods.path_patching import MLPScores as MLPScores
     from tl_entity.methods.path_patching import path_patch as path_patch
@@ -170,6 +171,7 @@ _HOME = {
     "PairBatch": "tasks.batches",
     "Node": "heads",
     "NodesEvaluation": "methods.nodes_evaluation",
+    "patch_grid": "methods.patch_grid",
     "path_patch": "methods.path_patching",
     "path_patch_mlps": "methods.path_patching",
     "pooled_ablation": "methods.ablations",

@@ -106,6 +106,31 @@ class Scores(ScoreMap):
         named = zip(self.axes.items(), index, strict=True)
         return ", ".join(f"{axis} {names[at]}" for (axis, names), at in named)
 
+    def at(self, **places: str | int) -> "Scores":
+        """The scores at one place of some axes, such as `scores.at(head=3)`; the others stay.
+
+        Args:
+            places: by axis, the place's name, or its number.
+
+        Raises:
+            InputError: if there is no such axis or place, or no axis would stay.
+        """
+        index: list[int | slice] = [slice(None)] * len(self.axes)
+        left, about = dict(self.axes), self.about
+        for axis, place in places.items():
+            if axis not in left:
+                raise InputError(f"The scores have no axis {axis!r}; there are {', '.join(left)}.")
+            names = left.pop(axis)
+            if str(place) not in names:
+                raise InputError(
+                    f"The axis {axis!r} has no {place!r}; there are {', '.join(names)}."
+                )
+            index[list(self.axes).index(axis)] = names.index(str(place))
+            about += f", {axis} {place}"
+        if not left:
+            raise InputError("Every axis was given; leave one of them, or read `per_example`.")
+        return Scores(self.per_example[tuple(index)], left, self.metric, self.sign, about)
+
     def ranked(self) -> list[tuple[int, ...]]:
         """All places, the most important first; ties in order."""
         scores = self.sign * self.scores.double().cpu().numpy()
