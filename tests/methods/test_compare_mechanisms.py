@@ -10,12 +10,16 @@ from tests.random_models import random_model
 from tests.with_roles import role_pairs
 from tl_entity import (
     Faithfulness,
+    GateTraining,
     Head,
     InputError,
     MechanismComparison,
     Node,
+    box_prompts,
     compare_mechanisms,
     evaluate,
+    find_mechanism,
+    load_model,
     mechanism_edges,
     zero_ablation,
 )
@@ -150,6 +154,43 @@ def test_each_mechanism_is_measured_in_each_model() -> None:
         ablation=zero_ablation(),
     )
     assert table["accuracy"][0] == expected.accuracy
+
+
+def test_each_mechanism_is_measured_in_each_model_beside_random_nodes(tmp_path) -> None:
+    models = tuple(load_model(name) for name in ("default-base", "default-tuned"))
+    tokenizer = models[0].tokenizer
+    drawn = box_prompts(tokenizer, 120, n_boxes=3, seed=5)
+    training = GateTraining(
+        first_steps=8, steps=4, prompts_per_step=8, prompts_scored=8, most_prices=4, prunings=0
+    )
+    how = {"target": 0.5, "agreement": 0.5, "training": training, "curve": (), "n_random": 0}
+    base, tuned = (
+        find_mechanism(model, drawn, ablation=zero_ablation(), **how) for model in models
+    )
+    prompts = box_prompts(tokenizer, 40, n_boxes=3, seed=6)
+    found = compare_mechanisms(base, tuned, models=models, prompts=prompts)
+    table = found.faithfulness_dataframe().set_index("mechanism")
+    assert table.index.tolist() == [
+        "base in base",
+        "base in tuned",
+        "tuned in base",
+        "tuned in tuned",
+    ]
+    # The base's in the fine-tune, by plain runs.
+    keep: dict[str, list[Head]] = {}
+    for node in base.nodes:
+        keep.setdefault(node.role, []).append(Head(*node[:2]))
+    alone = evaluate(models[1], prompts, keep=keep, ablation=zero_ablation(), engine="hooks")
+    whole = evaluate(models[1], prompts, engine="hooks")
+    row = table.loc["base in tuned"]
+    assert row["accuracy"] == alone.accuracy and row["of_model"] == whole.accuracy
+    assert row["agreement"] == (alone.predicted == whole.predicted).double().mean()
+    nodes, *random = found.inside["base in tuned"]
+    assert len(random) == 3 and {draw.n_nodes for draw in random} == {len(base)} == {nodes.n_nodes}
+    assert row["random"] == max(draw.faithfulness.value for draw in random)
+    found.save(tmp_path / "compared.safetensors")
+    again = MechanismComparison.load(tmp_path / "compared.safetensors")
+    assert again.faithfulness_dataframe().equals(found.faithfulness_dataframe())
 
 
 def test_comparisons_that_make_no_sense_are_refused() -> None:

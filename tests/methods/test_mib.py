@@ -96,9 +96,21 @@ def test_files_of_others_are_read_or_refused(tmp_path) -> None:
     path.write_text(json.dumps({**content, "cfg": {**content["cfg"], "parallel_attn_mlp": True}}))
     with pytest.raises(InputError, match="side by side"):
         MIBCircuit.load(path)
-    for broken in ({}, {**content, "edges": 3}, {**content, "nodes": {"m0": {"in_graph": "yes"}}}):
+    for strange in ("a0.h1->a0.h2<q>", "a0.h1->a1.h2", "m0->m9", "input->a0.h0<z>", "logits->m1"):
+        path.write_text(json.dumps({**content, "edges": {strange: {"in_graph": True}}}))
+        with pytest.raises(InputError, match="which is not in such a model"):
+            MIBCircuit.load(path)
+    huge = {**content["cfg"], "n_layers": 1e9}
+    unscored = {"m0": {"in_graph": True, "score": "high"}}
+    for broken in (
+        {**content, "cfg": huge},
+        {**content, "nodes": unscored},
+        {},
+        {**content, "edges": 3},
+        {**content, "nodes": {"m0": {"in_graph": "yes"}}},
+    ):
         path.write_text(json.dumps(broken))
         with pytest.raises(InputError, match="no circuit of MIB"):
             MIBCircuit.load(path)
-    with pytest.raises(InputError, match="has no L9H0@last"):
+    with pytest.raises(InputError, match="L9H0"):
         mib_circuit(MODEL, [Node(9, 0, "last")])

@@ -1,6 +1,6 @@
 """Is it the same mechanism? The nodes and edges of two models, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from tl_entity.methods.mechanism_overlap import (
     edge_overlap,
     node_overlap,
 )
+from tl_entity.methods.mechanism_result import Mechanism
+from tl_entity.methods.nodes_evaluation import NodesEvaluation
 from tl_entity.methods.stability import (
     STANDINGS,
     MechanismStability,
@@ -51,6 +53,8 @@ class MechanismComparison(Result):
         base_edges: the base's edges; None if none were given.
         tuned_edges: the fine-tune's.
         stability: by model, which nodes are found again and again.
+        inside: what was measured of each mechanism in each model, and after it of draws of as many
+            random nodes of the same layers and roles.
     """
 
     nodes: NodeOverlap
@@ -61,6 +65,9 @@ class MechanismComparison(Result):
     tuned_edges: Edges | None
     stability: Mapping[str, MechanismStability] = field(
         default_factory=dict[str, MechanismStability]
+    )
+    inside: Mapping[str, tuple[NodesEvaluation, ...]] = field(
+        default_factory=dict[str, tuple[NodesEvaluation, ...]]
     )
 
     def __str__(self) -> str:
@@ -148,8 +155,17 @@ class MechanismComparison(Result):
         )
 
     def faithfulness_dataframe(self) -> "pd.DataFrame":
-        """One row for each mechanism in each model."""
+        """One row for each mechanism in each model; where it was measured here, with agreement, KL
+        and the most faithful of the random draws."""
         import pandas as pd
+
+        def beside(each: Sequence[NodesEvaluation]) -> dict[str, float]:
+            found, *random = each
+            return {
+                "agreement": found.agreement,
+                "KL": found.mean_kl,
+                "random": max((draw.faithfulness.value for draw in random), default=float("nan")),
+            }
 
         return pd.DataFrame(
             [
@@ -160,6 +176,7 @@ class MechanismComparison(Result):
                     "faithfulness": found.value,
                     "low": found.interval.low,
                     "high": found.interval.high,
+                    **(beside(self.inside[name]) if name in self.inside else {}),
                 }
                 for name, found in self.faithfulness.items()
             ]
@@ -240,8 +257,12 @@ def compare_mechanisms(
             key = f"{name}, {search}" if isinstance(found, MechanismStability) else name
             ceiling[key] = node_overlap(nodes, others, could)
     measured = dict(faithfulness or {})
+    inside: dict[str, tuple[NodesEvaluation, ...]] = {}
     if models is not None and prompts is not None:
-        measured |= _each_in_each((base, tuned), models, prompts)
+        for key, alone, each in _each_in_each((base, tuned), models, prompts):
+            measured[key] = alone
+            if each:
+                inside[key] = each
     for found, nodes, name in zip(edges or (), (ours, theirs), ("base", "fine-tune"), strict=False):
         if not set(found.nodes) <= set(nodes):
             stranger = next(node for node in found.nodes if node not in nodes)
@@ -254,6 +275,7 @@ def compare_mechanisms(
         base_edges=None if edges is None else edges[0],
         tuned_edges=None if edges is None else edges[1],
         stability=stability,
+        inside=inside,
     )
 
 
@@ -276,10 +298,10 @@ def _stability(
 
 def _each_in_each(
     mechanisms: tuple[Any, Any], models: tuple[Model, Model], prompts: PromptBatch
-) -> dict[str, Faithfulness]:
-    """Each mechanism alone, in its own model and in the other."""
+) -> Iterator[tuple[str, Faithfulness, tuple[NodesEvaluation, ...]]]:
+    """Each mechanism alone, in its own model and in the other; and if it can draw random nodes of
+    the same layers and roles, all that was measured of it and of these."""
     names = ("base", "tuned")
-    measured: dict[str, Faithfulness] = {}
     for name, mechanism in zip(names, mechanisms, strict=True):
         if not hasattr(mechanism, "evaluate"):
             raise InputError(
@@ -287,5 +309,9 @@ def _each_in_each(
                 "mechanisms to have them measured, or their faithfulness."
             )
         for where, model in zip(names, models, strict=True):
-            measured[f"{name} in {where}"] = mechanism.evaluate(model, prompts).faithfulness
-    return measured
+            if isinstance(mechanism, Mechanism):
+                each = mechanism.evaluate_beside_random(model, prompts)
+                yield f"{name} in {where}", each[0].faithfulness, each
+            else:
+                found = mechanism.evaluate(model, prompts)
+                yield f"{name} in {where}", found.faithfulness, ()

@@ -271,7 +271,7 @@ def mechanism_edges(
         check_takes_gradients(model)
     given = mechanism.nodes if isinstance(mechanism, HasNodes) else mechanism
     nodes = tuple(dict.fromkeys(Node(*node) for node in given))
-    _check_nodes(model, nodes)
+    check_nodes(model, nodes)
     pairs = outside_inference(pairs.to(model.cfg.device or "cpu"))
     edges = possible_edges(nodes, pairs.clean)
     aligned = AlignedPairs.draw(pairs, seed=seed)
@@ -365,7 +365,12 @@ def _until_the_top_is_exact(
             exact[i] = True
 
 
-def _check_nodes(model: Model, nodes: Sequence[Node]) -> None:
+def check_nodes(model: Model, nodes: Sequence[Node]) -> None:
+    """Make sure that the model has these heads and MLPs.
+
+    Raises:
+        InputError: if it lacks one.
+    """
     check_heads(model, [Head(node.layer, node.head) for node in nodes if node.head is not None])
     for node in nodes:
         if not 0 <= node.layer < model.cfg.n_layers:

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
+from tl_entity.errors import InputError
 from tl_entity.heads import Head, Node
 from tl_entity.hooks.edges import corrupt_senders
-from tl_entity.hooks.points import check_heads, hook_point
+from tl_entity.hooks.points import hook_point
 from tl_entity.hooks.run import answer_logits, record
 from tl_entity.hooks.vocabulary import check_pairs, check_prompts
 from tl_entity.methods.dcm import learn_mask
+from tl_entity.methods.edges import check_nodes
 from tl_entity.runs.runner import BATCH_SIZE
 from tl_entity.stats import Interval, wilson_interval
 from tl_entity.tasks.aligned import AlignedPairs
@@ -77,9 +79,10 @@ def patch_nodes(
         batch_size: pairs run together.
 
     Raises:
-        InputError: if the prompts of a pair have unequally many tokens of a role, or a token is
-            unknown to the model.
+        InputError: if the model has no such node, there are no pairs, the prompts of a pair have
+            unequally many tokens of a role, or a token is unknown to the model.
     """
+    check_nodes(model, nodes)
     found: list[Patched] = []
     for name, pairs in draws.items():
         check_pairs(model, pairs)
@@ -138,14 +141,16 @@ def attention_by_role(
         InputError: if the model has no such head, or the prompts no roles of these names.
     """
     heads = [node for node in nodes if node.head is not None]
-    check_heads(model, [Head(node.layer, node.head or 0) for node in heads])
+    check_nodes(model, heads)
     check_prompts(model, prompts)
+    if prompts.roles is None:
+        raise InputError("What is attended to goes by role, and the prompts have no roles.")
     names = [*prompts.role_names, FIRST_TOKEN]
     total, n_tokens = torch.zeros(len(names), dtype=torch.float64), 0
     points: dict[str, str | None] = {hook_point("pattern", n.layer): None for n in heads}
     for chunk in prompts.to(model.cfg.device or "cpu").chunks(batch_size) if heads else ():
         cache = record(model, chunk, points)
-        assert chunk.roles is not None
+        assert chunk.roles is not None  # as the prompts have them
         column = chunk.roles.cpu().clone()
         column[torch.arange(len(chunk)), chunk.mask.int().argmax(1).cpu()] = len(names) - 1
         is_of = torch.nn.functional.one_hot(column.clamp(min=0), len(names)).double()
@@ -165,7 +170,11 @@ def selected_nodes(
 ) -> dict[str, tuple[Node, ...]]:
     """The heads among some nodes that a trained mask takes from the counterfactual, for each
     desideratum: `learn_mask` with all of a role's heads as candidates. A role of several tokens is
-    looked at where the token asked about is named; where it is not, its nodes are left out."""
+    looked at where the token asked about is named; where it is not, its nodes are left out.
+
+    Raises:
+        InputError: as `learn_mask`.
+    """
     found: dict[str, tuple[Node, ...]] = {}
     for name, pairs in draws.items():
         selected: list[Node] = []

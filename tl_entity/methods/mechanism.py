@@ -11,20 +11,18 @@ other half tell how faithful they are:
 4. The nodes are run alone on prompts that had no part in this, beside other sizes and random nodes.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Node
+from tl_entity.heads import Circuit
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.gates import Gates, check_gates_fit
 from tl_entity.methods.ablations import BATCH_SIZE
@@ -34,6 +32,7 @@ from tl_entity.methods.mechanism_result import Mechanism
 from tl_entity.methods.mechanism_search import MechanismStep as MechanismStep
 from tl_entity.methods.mechanism_search import Parts, Search, descending
 from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.random_circuits import random_nodes as random_nodes
 from tl_entity.methods.search_journal import kept_forward
 from tl_entity.metrics import LOG_PROBABILITY, Metric
 from tl_entity.tasks.batches import PairBatch, PromptBatch
@@ -200,35 +199,6 @@ class _Report:
             seed=self.search.seed,
             progress=lambda runs: self.search.ran("reporting", runs, None),
         )
-
-
-@checked
-def random_nodes(
-    gates: Gates, nodes: Sequence[Node], n_draws: int, *, seed: int
-) -> list[Float[Tensor, " node"]]:
-    """As many nodes drawn at random as are given, each draw as gates of 0 and 1: for every layer
-    and role as many heads of that layer at that role, and as many of a layer's MLPs, at any roles.
-
-    Args:
-        gates: they say which nodes there are.
-        nodes: the nodes to be compared with.
-        n_draws: how many draws.
-        seed: of the draws.
-    """
-    generator = np.random.default_rng([seed, 2])
-    heads_at = Counter((n.layer, gates.roles.index(n.role)) for n in nodes if n.head is not None)
-    mlps_in = Counter(node.layer for node in nodes if node.head is None)
-    draws = []
-    for _ in range(n_draws):
-        drawn = gates.with_values(torch.zeros_like(gates.flat()))
-        for (layer, role), n in sorted(heads_at.items()):
-            some = generator.choice(gates.heads.shape[2], n, replace=False)
-            drawn.heads[layer, role, some] = 1
-        for layer, n in sorted(mlps_in.items()):
-            assert drawn.mlps is not None
-            drawn.mlps[layer, generator.choice(len(gates.roles), n, replace=False)] = 1
-        draws.append(drawn.flat())
-    return draws
 
 
 @checked

@@ -27,6 +27,7 @@ from tl_entity.methods.ablations import (
 )
 from tl_entity.methods.gated_forward import GatedForward, Loss, NodesEvaluation
 from tl_entity.methods.path_patching import Engine
+from tl_entity.methods.random_circuits import random_nodes
 from tl_entity.metrics import LOG_PROBABILITY, Metric
 from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.tasks.batches import PairBatch, PromptBatch
@@ -196,6 +197,51 @@ class Mechanism(Result):
             InputError: if the model has other layers or heads than the one it was found in, the
                 prompts have no roles or lack an answer, or the ablation does not fit them.
         """
+        how: dict[str, Any] = {
+            "metric": metric,
+            "engine": engine,
+            "batch_size": batch_size,
+            "memory": memory,
+        }
+        return self._run(model, prompts, ablation, 0, how)[0]
+
+    @checked
+    def evaluate_beside_random(
+        self,
+        model: Model,
+        prompts: PromptBatch | PairBatch,
+        *,
+        n_random: int = 3,
+        ablation: Ablation | None = None,
+        batch_size: int = BATCH_SIZE,
+        memory: int | None = None,
+    ) -> tuple[NodesEvaluation, ...]:
+        """The same, and after it draws of as many random nodes of the same layers and roles, on the
+        same recorded prompts. Where a mechanism has most heads of a layer, so have they, and what
+        it keeps in another model says little beside them.
+
+        Args:
+            model: as in `evaluate`.
+            prompts: as in `evaluate`.
+            n_random: how many draws.
+            ablation: as in `evaluate`.
+            batch_size: as in `evaluate`.
+            memory: as in `evaluate`.
+
+        Raises:
+            InputError: as `evaluate`.
+        """
+        how: dict[str, Any] = {"batch_size": batch_size, "memory": memory}
+        return tuple(self._run(model, prompts, ablation, n_random, how))
+
+    def _run(
+        self,
+        model: Model,
+        prompts: PromptBatch | PairBatch,
+        ablation: Ablation | None,
+        n_random: int,
+        how: dict[str, Any],
+    ) -> list[NodesEvaluation]:
         if (model.cfg.n_layers, model.cfg.n_heads) != (self.n_layers, self.n_heads):
             raise InputError(
                 f"The mechanism was found in a model of {self.n_layers} layers of {self.n_heads} "
@@ -203,12 +249,12 @@ class Mechanism(Result):
             )
         if ablation is None:
             others = prompts.clean if isinstance(prompts, PairBatch) else prompts
-            ablation = self._same_ablation(model, others, batch_size)
-        forward = GatedForward.of(
-            model, ablation, metric=metric, engine=engine, batch_size=batch_size, memory=memory
-        )
+            ablation = self._same_ablation(model, others, how["batch_size"])
+        forward = GatedForward.of(model, ablation, **how)
         gates = Gates.keeping(self.nodes, model.cfg, self.roles, mlps=self.with_mlps)
-        return forward.evaluate(forward.record(prompts), [gates], seed=self.seed)[0]
+        drawn = random_nodes(gates, self.nodes, n_random, seed=self.seed)
+        each = [gates, *(gates.with_values(values) for values in drawn)]
+        return forward.evaluate(forward.record(prompts), each, seed=self.seed)
 
     def _same_ablation(self, model: Model, prompts: PromptBatch, batch_size: int) -> Ablation:
         how: dict[str, Any] = {"batch_size": batch_size}

@@ -12,6 +12,9 @@ edges between them. So of a mechanism it can't say
 A circuit read back therefore has heads and edges without roles.
 """
 
+import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Head, Node
 from tl_entity.hooks.edges import Edge
-from tl_entity.methods.edges import Edges, HasNodes
+from tl_entity.methods.edges import Edges, HasNodes, check_nodes
 from tl_entity.methods.node_profiles import clear_edges
 from tl_entity.methods.stability import nodes_of
 from tl_entity.output import write_atomically
@@ -114,8 +117,6 @@ class MIBCircuit:
         Raises:
             InputError: if it can't be written there.
         """
-        import json
-
         write_atomically(path, json.dumps(self.to_json()) + "\n")
 
     @classmethod
@@ -130,25 +131,47 @@ class MIBCircuit:
         content = read_json(path, what="circuit file", holds="an object with cfg, nodes and edges")
         try:
             cfg = content["cfg"]
-            sizes = (int(cfg["n_layers"]), int(cfg["n_heads"]), int(cfg["d_model"]))
+            sizes = [_size(cfg[name]) for name in ("n_layers", "n_heads", "d_model")]
             side_by_side = bool(cfg["parallel_attn_mlp"])
-            nodes = {n: float(v.get("score", 1)) for n, v in content["nodes"].items() if _kept(v)}
-            edges = {
-                _ends(n): float(v.get("score", 1)) for n, v in content["edges"].items() if _kept(v)
-            }
+            nodes = {n: _score(v) for n, v in content["nodes"].items() if _kept(v)}
+            edges = {_ends(n): _score(v) for n, v in content["edges"].items() if _kept(v)}
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(
-                f"{path} is no circuit of MIB: it needs cfg, nodes and edges, each node and edge "
-                "with in_graph."
+                f"{path} is no circuit of MIB: it needs cfg with whole sizes, nodes and edges, "
+                "each of these with in_graph and, if it has a score, a finite one."
             ) from None
         if side_by_side:
             raise InputError(f"{path} is of a model with attention and MLP side by side.")
+        found = cls(sizes[0], sizes[1], sizes[2], nodes, edges)
+        for name in nodes:
+            if found.place(name) is None:
+                raise InputError(f"{path} has {name}, which is not in such a model.")
+        for edge in edges:
+            if not found.has_edge(edge):
+                raise InputError(f"{path} has {'->'.join(edge)}, which is not in such a model.")
         nodes.pop(LOGITS, None)
-        found = cls(*sizes, nodes, edges)
-        strange = [*({*nodes} - {*found.all_nodes}), *({*edges} - {*found.all_edges()})]
-        if strange:
-            raise InputError(f"{path} has {strange[0]}, which is not in such a model.")
         return found
+
+    def place(self, name: str) -> int | None:
+        """How far up the residual stream a node is, the heads of a layer at one place and its MLP
+        at the next; None if there is no such node."""
+        if name in (INPUT, LOGITS):
+            return -1 if name == INPUT else 2 * self.n_layers
+        match = re.fullmatch(r"a(\d{1,9})\.h(\d{1,9})|m(\d{1,9})", name)
+        if match is None:
+            return None
+        layer, head = int(match[3] or match[1] or 0), int(match[2] or 0)
+        if layer >= self.n_layers or head >= self.n_heads:
+            return None
+        return 2 * layer + (match[3] is not None)
+
+    def has_edge(self, edge: MIBEdge) -> bool:
+        """Whether such a model has a direct edge of this name."""
+        match = re.fullmatch(r"([^<>]+)(<[qkv]>)?", edge[1])
+        if match is None or (match[2] is not None) != match[1].startswith("a"):
+            return False
+        below, above = self.place(edge[0]), self.place(match[1])
+        return below is not None and above is not None and below < above
 
 
 @checked
@@ -174,9 +197,8 @@ def mib_circuit(
         raise InputError("The model has attention and MLP side by side, which is not written.")
     strength = _strengths(mechanism)
     nodes: dict[str, float] = {INPUT: 1.0}
+    check_nodes(model, nodes_of(mechanism))
     for node in nodes_of(mechanism):
-        if not (0 <= node.layer < cfg.n_layers and (node.head or 0) < cfg.n_heads):
-            raise InputError(f"The model has no {node}.")
         name = _name(node)
         nodes[name] = max(nodes.get(name, 0.0), strength.get(node, 1.0))
     if not getattr(mechanism, "with_mlps", any(n.head is None for n in nodes_of(mechanism))):
@@ -217,6 +239,19 @@ def _name(node: Node) -> str:
 
 def _head_name(layer: int, head: int) -> str:
     return f"a{layer}.h{head}"
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _score(entry: dict[str, Any]) -> float:
+    score = float(entry.get("score", 1))
+    if not math.isfinite(score):
+        raise ValueError(f"the score is {score}")
+    return score
 
 
 def _kept(entry: dict[str, Any]) -> bool:

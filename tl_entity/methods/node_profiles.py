@@ -47,10 +47,13 @@ def alike_nodes(
         like: from which likeness up nodes are put together.
 
     Raises:
-        InputError: if the likeness is not between 0 and 1.
+        InputError: if the likeness is not between 0 and 1, or an edge is between other nodes.
     """
     if not 0 < like <= 1:
         raise InputError(f"Nodes are alike by a number in (0, 1], not {like}.")
+    for edge in scores:
+        if not {edge.sender, edge.receiver} <= {*nodes, None}:
+            raise InputError(f"The edge {edge} is between nodes that are none of those given.")
     at_end: dict[Node, Hashable] = {node: node.role for node in nodes}
     groups: list[tuple[Node, ...]] = []
     for _ in range(ROUNDS):

@@ -1,13 +1,19 @@
-"""Random circuits to hold a found one against."""
+"""Random circuits and nodes to hold found ones against."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_entity._model import Model
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Circuit, Group, Head
+from tl_entity.heads import Circuit, Group, Head, Node
+from tl_entity.hooks.gates import Gates
 
 Match = Literal["size", "layer"]
 """What random circuits have in common with the one found."""
@@ -82,3 +88,32 @@ def _of_the_same_layers(
             heads.append(others.pop())
         groups.append(Group(group.name, group.position, tuple(sorted(heads))))
     return Circuit(tuple(groups))
+
+
+@checked
+def random_nodes(
+    gates: Gates, nodes: Sequence[Node], n_draws: int, *, seed: int
+) -> list[Float[Tensor, " node"]]:
+    """As many nodes drawn at random as are given, each draw as gates of 0 and 1: for every layer
+    and role as many heads of that layer at that role, and as many of a layer's MLPs, at any roles.
+
+    Args:
+        gates: they say which nodes there are.
+        nodes: the nodes to be compared with.
+        n_draws: how many draws.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng([seed, 2])
+    heads_at = Counter((n.layer, gates.roles.index(n.role)) for n in nodes if n.head is not None)
+    mlps_in = Counter(node.layer for node in nodes if node.head is None)
+    draws = []
+    for _ in range(n_draws):
+        drawn = gates.with_values(torch.zeros_like(gates.flat()))
+        for (layer, role), n in sorted(heads_at.items()):
+            some = generator.choice(gates.heads.shape[2], n, replace=False)
+            drawn.heads[layer, role, some] = 1
+        for layer, n in sorted(mlps_in.items()):
+            assert drawn.mlps is not None
+            drawn.mlps[layer, generator.choice(len(gates.roles), n, replace=False)] = 1
+        draws.append(drawn.flat())
+    return draws

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
-from tl_entity.heads import Node
+from tl_entity.heads import Node, as_node
 from tl_entity.methods.edges import HasNodes
 from tl_entity.results import ROWS_SHOWN, Result
 from tl_entity.stats import Chance, shared_by_all
@@ -187,7 +187,7 @@ def mechanism_stability(
         each = [candidates_of(mechanism) for mechanism in found.values()]
         possible = list(dict.fromkeys(node for some in each for node in some))
     else:
-        possible = list(dict.fromkeys(Node(*node) for node in candidates))
+        possible = list(dict.fromkeys(map(as_node, candidates)))
     check_candidates({node for some in nodes.values() for node in some}, possible)
     others = list(nodes)[1:]
     return MechanismStability(
@@ -200,10 +200,11 @@ def mechanism_stability(
     )
 
 
+@checked
 def nodes_of(mechanism: HasNodes | Sequence[Node]) -> tuple[Node, ...]:
     """A mechanism's nodes, each once."""
     nodes = mechanism.nodes if isinstance(mechanism, HasNodes) else mechanism
-    return tuple(dict.fromkeys(Node(*node) for node in nodes))
+    return tuple(dict.fromkeys(as_node(node) for node in nodes))
 
 
 def candidates_of(mechanism: HasNodes | Sequence[Node]) -> list[Node]:
