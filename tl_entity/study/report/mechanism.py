@@ -10,6 +10,7 @@ from tl_entity.study.report.cells import (
     Table,
     agreement_text,
     frame_table,
+    is_of_boxes,
     mechanism_sentence,
     ratio_text,
     share_text,
@@ -61,7 +62,7 @@ def mechanism_sections(content: dict[str, Any], tables: Mapping[str, Any]) -> li
         "ablation": next((m["mechanism"]["ablation"] for m in found.values()), None),
         "knowing": sorted({r for m in found.values() for r in m["mechanism"]["knowing"]}),
         "same": _same(content),
-        "has_circuit": any(CIRCUIT in m["mechanism"]["beside"] for m in found.values()),
+        "of_circuit": _of_circuit(content, found),
         "nodes": frame_table(tables["mechanism_nodes"], _NODE_COLUMNS) if found else None,
         "edges": _edges(tables),
         "with_edges": [role for role, m in found.items() if m["mechanism"]["edges"]],
@@ -72,6 +73,15 @@ def mechanism_sections(content: dict[str, Any], tables: Mapping[str, Any]) -> li
         ],
     }
     return [("mechanism", "The mechanism", values)]
+
+
+def _of_circuit(content: dict[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the figure's caption says of the circuit, if it is there."""
+    if not any(CIRCUIT in model["mechanism"]["beside"] for model in models.values()):
+        return ""
+    said = " Beside them the circuit of groups"
+    # Of the paper's positions two depend on what is asked.
+    return f"{said}, which is told where to look." if is_of_boxes(content) else f"{said}."
 
 
 def _n_roles(found: Mapping[str, Any]) -> int:
