@@ -104,7 +104,7 @@ def _sections(
         if all("discovery" in model for model in models.values()):
             found += [Section(*each) for each in circuit_sections(content)]
         found += [Section(*each) for each in group_sections(content, tables)]
-        found += [Section(*each) for each in gain_sections(content, tables)]
+    found += [Section(*each) for each in gain_sections(whole, tables)]
     tested = bool(models) and all("faithfulness" in model for model in models.values())
     if tested and is_of_boxes(content):
         found.append(Section("paper", "Beside the paper", paper_values(content)))
