@@ -34,6 +34,12 @@ def report(tmp_path_factory) -> Path:
         mask_pairs=8,
         draws=1,
         all_pairs=True,
+        mechanism_prompts=150,
+        target=0.6,
+        agreement=0.6,
+        gate_training={"first_steps": 12, "steps": 6, "most_prices": 2, "prunings": 0},
+        edges=True,
+        gain_prompts=6,
         png=False,
     )
     reproduce(settings, folder / "out")
@@ -81,6 +87,19 @@ def test_every_figure_is_drawn_and_nothing_goes_wrong(browser, report):
         box = figure.bounding_box()
         assert box["width"] > 300 and box["height"] > 100
     assert trouble == []
+
+
+def test_mechanisms_stand_side_by_side_ahead_of_the_groups(browser, report):
+    page, _ = opened(browser, report, WIDE)
+    maps = page.query_selector_all("#mechanism [id$=_mechanism_map]")
+    first, second = (shown.bounding_box() for shown in maps)
+    assert first["y"] == second["y"] and first["x"] + first["width"] <= second["x"]
+    heights = page.evaluate(
+        "['#accuracy', '#mechanism', '#circuits', '#gain']"
+        ".map(id => document.querySelector(id).getBoundingClientRect().top)"
+    )
+    assert heights == sorted(heights)
+    assert "nodes" in page.inner_text("#glance") and "of groups" in page.inner_text("#mechanism")
 
 
 def test_links_within_the_page_lead_somewhere(browser, report):

@@ -35,6 +35,7 @@ from tl_entity.study.folder import STUDY
 from tl_entity.study.report import command
 from tl_entity.study.reproduce import reproduce
 from tl_entity.study.results import Study
+from tl_entity.study.settings import Settings
 from tl_entity.study.task_settings import TaskSettings
 from tl_entity.tasks.shipped.draw import TASKS
 
@@ -236,6 +237,19 @@ def test_every_task_that_ships_is_studied_by_its_name(speaker, name, tmp_path):
     assert accuracy["answer is the most likely token"]["correct"] == right
     assert TASKS[name].says in (tmp_path / "report.html").read_text().replace("&#39;", "'")
     assert results["task"]["groups"] == [] and "circuit" not in results["models"]["base"]
+
+
+def test_the_paper_is_one_study_among_others(place, tmp_path):
+    """The same settings as a study of the task of boxes by the paper's recipe: all is finished."""
+    asked = {
+        "base": str(place / "base"), "tuned": str(place / "tuned"), "prompts": 8, "boxes": 2,
+        "random_circuits": 1, "all_pairs": True, "only": ("faithfulness", "cmap"), "png": False,
+    }  # fmt: skip
+    results, said = reproduce(Settings(**asked), tmp_path), []
+    again = reproduce(TaskSettings(**asked, recipe="paper"), tmp_path, log=said.append)
+    assert said and all("found finished" in line for line in said)
+    assert {**again, "settings": None} == {**results, "settings": None}
+    assert "Llama-7B" in (tmp_path / "report.html").read_text()
 
 
 def test_all_tasks_that_ship_have_their_names():

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from jsonschema import Draft202012Validator
+from safetensors.torch import load_file, save_file
 
 from tests.study.helpers import save_tiny_model
 from tests.study.test_killed import files
@@ -161,6 +162,22 @@ def test_equal_weights_are_a_reason_and_no_end(settings, tmp_path):
     assert "same weights" in results["gain"]["why_not"]
     page = (tmp_path / "report.html").read_text()
     assert "The gain could not be put down to weights" in page
+
+
+def test_a_base_without_the_ability_gains_too(settings, tmp_path):
+    """The fine-tune may have learnt the task from nothing."""
+    blank = save_tiny_model(tmp_path / "blank", seed=1)
+    tensors = load_file(blank / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    embed = tensors["model.embed_tokens.weight"]
+    drawn = torch.randn(embed.shape, generator=generator) * embed.float().std()
+    tensors["model.embed_tokens.weight"] = drawn.to(embed.dtype)
+    save_file(tensors, blank / "model.safetensors", metadata={"format": "pt"})
+    results = reproduce(replace(settings, base=str(blank)), tmp_path / "out")
+    assert results["models"]["base"]["no_circuit"] is not None
+    assert results["gain"]["gain"] > 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'id="gain"' in page and "what tuned gains over blank" in page
 
 
 def test_one_model_gains_nothing(settings, tmp_path):

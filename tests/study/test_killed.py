@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.study.helpers import save_tiny_model
 from tl_entity.cli import main
 
@@ -20,11 +22,22 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_killed_at_any_step_it_ends_with_the_same_bytes(tmp_path, capsys):
-    model = save_tiny_model(tmp_path / "model", seed=1)
-    given = ["reproduce", "--base", str(model), "--tuned", "none", "--prompts", "6", "--boxes", "2"]
-    given += ["--random-circuits", "1", "--all-pairs", "--no-png", "--quiet"]
-    given += ["--only", "faithfulness,knockout"]
+TRAINING = '{"first_steps": 12, "steps": 6, "most_prices": 2, "prunings": 0}'
+WHAT = {
+    "circuits": "--tuned none --random-circuits 1 --all-pairs --only faithfulness,knockout".split(),
+    "mechanism and gain": [
+        *"--mechanism-prompts 150 --target 0.6 --agreement 0.6 --gain-prompts 4".split(),
+        *["--only", "mechanism,gain", "--gate-training", TRAINING],
+    ],
+}
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_killed_at_any_step_it_ends_with_the_same_bytes(tmp_path, capsys, what):
+    model, tuned = (save_tiny_model(tmp_path / f"model{n}", seed=n) for n in (1, 2))
+    given = ["reproduce", *WHAT[what], "--base", str(model), "--prompts", "6", "--boxes", "2"]
+    given += ["--no-png", "--quiet"]
+    given += ["--tuned", str(tuned)] * ("--tuned" not in given)
     assert main([*given, "--out", str(tmp_path / "whole")]) == 0
     whole = files(tmp_path / "whole")
     killed, kills = tmp_path / "killed", 0

@@ -230,13 +230,9 @@ class StudyDesign:
         return experiment in (self.possible if self.experiments is None else self.experiments)
 
     def needs_circuits(self) -> bool:
-        """Whether anything that is to be done is done on a circuit. Knockout is, as in the paper's
-        study it stands beside one."""
-        return (
-            self.experiments is None
-            or not set(self.experiments)
-            or any(name not in ("mechanism", "gain") for name in self.experiments)
-        )
+        """Whether anything that is to be done is done on circuits, or shown beside them as knockout
+        is. If nothing is to be done but accuracy, circuits are what is asked for."""
+        return not self.experiments or not set(self.experiments) <= {"mechanism", "gain"}
 
     def without_recipe(self) -> "StudyDesign":
         """The same without looking for circuits."""

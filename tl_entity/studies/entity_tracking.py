@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tl_entity.heads import ENTITY_TRACKING_POSITIONS, Circuit
-from tl_entity.studies.design import DrawPrompts, Draws, Part, Recipe, StudyTask, Words
+from tl_entity.studies.design import (
+    DrawPrompts,
+    Draws,
+    Part,
+    Recipe,
+    StudyDesign,
+    StudyTask,
+    Words,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,6 +137,24 @@ def paper_recipe(sizes: Mapping[str, int], receiver_sizes: Mapping[str, int]) ->
     from tl_entity.methods.discovery import ENTITY_TRACKING_STAGES
 
     return Recipe(ENTITY_TRACKING_STAGES, sizes, receiver_sizes)
+
+
+def paper_study(
+    boxes: int,
+    sizes: Mapping[str, int],
+    receiver_sizes: Mapping[str, int],
+    experiments: tuple[str, ...] | None = None,
+) -> StudyDesign:
+    """The paper's study.
+
+    Args:
+        boxes: in a prompt.
+        sizes: heads kept, by group.
+        receiver_sizes: heads of each group that the next stage patches into.
+        experiments: what is done; None for all.
+    """
+    recipe = paper_recipe(sizes, receiver_sizes)
+    return StudyDesign(box_task(boxes), recipe, experiments, from_python=False)
 
 
 def example() -> "BoxPrompt":

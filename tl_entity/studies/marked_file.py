@@ -52,7 +52,7 @@ def read_rows(path: str | Path) -> list[dict[str, str]]:
             are too few rows, or only some have a target or foil.
     """
     rows: list[dict[str, str]] = []
-    for number, line in enumerate(read_text(path, what="task file").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, what="task file").split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number},"

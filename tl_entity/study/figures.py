@@ -1,9 +1,7 @@
 """The figures of a study: the results' own, with its names for groups and positions."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,18 +11,13 @@ from tl_entity.plots.bars import Bar, accuracy_bars, grouped_bars
 from tl_entity.plots.heatmaps import attention_heatmap, head_heatmap, shared_limits
 from tl_entity.studies.design import Words
 from tl_entity.studies.entity_tracking import LETTERS as LETTERS
-from tl_entity.studies.entity_tracking import NAME, WORDS
+from tl_entity.studies.entity_tracking import NAME
 from tl_entity.studies.entity_tracking import POSITION_WORDS as POSITION_WORDS
 from tl_entity.study.experiment_results import AccuracyByBoxes, CircuitAttention
 from tl_entity.study.results import ModelFindings, Study
 
 REST = ("first_token", "elsewhere")
 """Columns of attention that stand last."""
-
-
-def position_words(name: str) -> str:
-    """A named position of the paper's task in words."""
-    return WORDS.position(name)
 
 
 def figures_of(study: Study) -> dict[str, go.Figure]:
@@ -74,16 +67,6 @@ def stage_limits(study: Study) -> dict[str, float]:
     groups = tuple(found[0].scores)
     stages = [[discovery.panel(group) for discovery in found] for group in groups]
     return dict(zip(groups, shared_limits(stages), strict=True))
-
-
-def stage_title(stage: Mapping[str, Any], group: str) -> str:
-    """`B pos_transmitter: into the queries of A, last token`; of a stage in results.json."""
-    return WORDS.stage(stage, group)
-
-
-def sorted_counts(model: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Of a model in results.json, accuracies by number of boxes, the fewest first."""
-    return sorted(model["accuracy"].items(), key=lambda item: int(item[0]))
 
 
 def accuracy_bar(found: Evaluation) -> Bar:

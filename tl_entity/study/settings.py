@@ -234,10 +234,6 @@ class Settings:
         """`memory` as the methods take it."""
         return None if self.memory is None else round(self.memory * GIB)
 
-    def wants(self, experiment: str) -> bool:
-        """Whether an experiment is to be done."""
-        return self.only is None or experiment in self.only
-
     @property
     def models(self) -> dict[str, str]:
         """Name or folder of each model that is studied, by its role."""

@@ -8,7 +8,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import InputError, did_you_mean
 from tl_entity.models.registry import public_name
 from tl_entity.studies.design import Recipe, StudyDesign, StudyTask, check_experiments
-from tl_entity.studies.entity_tracking import NAME, box_task, paper_recipe
+from tl_entity.studies.entity_tracking import NAME, box_task, paper_recipe, paper_study
 from tl_entity.studies.marked_file import marked_file, read_recipe, read_rows, recipe_of
 from tl_entity.studies.shipped import SHIPPED, shipped_task
 from tl_entity.study.settings import Settings, resolve_sizes
@@ -85,8 +85,7 @@ def design_of(settings: Settings, n_heads: int) -> StudyDesign:
         InputError: if sizes don't fit, or an experiment is asked for that the task does not allow.
     """
     if not isinstance(settings, TaskSettings):
-        recipe = paper_recipe(*resolve_sizes(settings, n_heads))
-        return StudyDesign(box_task(settings.boxes), recipe, settings.only, from_python=False)
+        return paper_study(settings.boxes, *resolve_sizes(settings, n_heads), settings.only)
     settings.check_files()
     recipe = _recipe(settings, n_heads)
     return StudyDesign(_task(settings), recipe, settings.only, from_python=False)

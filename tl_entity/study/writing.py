@@ -17,6 +17,16 @@ from tl_entity.study.store import REPORT, RESULTS, Store, to_json
 from tl_entity.study.tables import tables_of, to_markdown
 
 
+def all_figures(study: Study) -> dict[str, go.Figure]:
+    """Every figure of a study, by its file's name."""
+    return {
+        **figures_of(study),
+        **node_figures(study),
+        **mechanism_figures(study),
+        **gain_figures(study),
+    }
+
+
 def write_study(store: Store, study: Study, say: Callable[[str], object]) -> None:
     """Write results, tables, figures and report below the store's folder.
 
@@ -25,12 +35,7 @@ def write_study(store: Store, study: Study, say: Callable[[str], object]) -> Non
         study: what was found.
         say: told what else a person should know.
     """
-    figures = {
-        **figures_of(study),
-        **node_figures(study),
-        **mechanism_figures(study),
-        **gain_figures(study),
-    }
+    figures = all_figures(study)
     tables = tables_of(study)
     for name, table in tables.items():
         store.write(f"tables/{name}.csv", table.to_csv(index=False))

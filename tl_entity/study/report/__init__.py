@@ -1,6 +1,7 @@
 """report.html: one page that needs nothing but itself, made from the content of results.json.
 
-The prose is in `templates/`, what it is filled with comes from `story`, `circuits` and `mechanism`.
+The prose is in `templates/`, what it is filled with comes from `story`, `mechanism`, `circuits`,
+`groups` and `gain`.
 """
 
 from tl_entity.study.report.command import command, summary

@@ -1,180 +1,179 @@
-"""What the groups carry, what the circuit loses, where information passes, what is brought from the
-other model."""
+"""The mechanisms: the fewest nodes that alone answer as a model does, and what two models share."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from tl_entity.studies.entity_tracking import (
-    GROUPS,
-    NAME,
-    PUBLISHED_CMAP,
-    PUBLISHED_CMAP_SIZES,
-    PUBLISHED_KNOCKOUT,
-    WORDS,
+from tl_entity.results import read_number
+from tl_entity.study.mechanism_results import CIRCUIT
+from tl_entity.study.report.cells import (
+    NO_VALUE,
+    Table,
+    agreement_text,
+    frame_table,
+    is_of_boxes,
+    mechanism_sentence,
+    ratio_text,
+    share_text,
+    table,
+    unbroken,
 )
-from tl_entity.study.report.cells import Table, frame_table, sizes_text, table
 from tl_entity.study.report.story import Values
-from tl_entity.study.tables import AS_PUBLISHED, CONTROL
-from tl_entity.tasks.desiderata import DESIDERATA
 
-_MASK_COLUMNS = {
+_NODE_COLUMNS = {
     "model": "model",
-    "group": "group",
-    "desideratum": "pairs",
-    "candidates": "candidates",
-    "selected": "selected",
-    "accuracy": "test accuracy",
-    "with_all_candidates": "all candidates patched",
-    "with_none": "none patched",
+    "node": "node",
+    "layer": "layer",
+    "role": "role",
+    "strength": "strength",
+    "score": "score",
 }
-_SEVERAL_MASKS = {"sparsity": "price of a head", "seed": "seed", "chosen": "patched"}
 
-_COMPLETENESS_COLUMNS = {
+_EDGE_COLUMNS = {
     "model": "model",
-    "removed": "K",
-    "circuit_without": "circuit without K",
-    "circuit_loses": "circuit loses",
-    "model_without": "model without K",
-    "model_loses": "model loses",
-    "difference": "difference",
+    "sender": "sender",
+    "receiver": "receiver",
+    "input": "input",
+    "score": "score",
     "low": "low",
     "high": "high",
+    "exact": "exact",
 }
 
-_MINIMALITY_COLUMNS = {
-    "model": "model",
-    "ablation": "ablation",
-    "group": "group",
-    "head": "head",
-    "removed_first": "removed first",
-    "accuracy_then": "accuracy then",
-    "and_without_the_head": "and without the head",
-    "minimality": "minimality",
-    "low": "low",
-    "high": "high",
-    "kept": "kept",
-}
+EDGES_SHOWN = 20
+"""Edges of each model in the page's table; all are in the file."""
 
-_KNOCKOUT_COLUMNS = {
-    "model": "model",
-    "from": "from",
-    "to": "to",
-    "first_layer": "first layer",
-    "accuracy": "accuracy",
-    "low": "low",
-    "high": "high",
-    "control": "random tokens",
-}
 
-_CMAP_COLUMNS = {
-    "into": "model",
-    "from": "heads of",
-    "group": "group",
-    "patch": "patched",
-    "accuracy": "accuracy",
-    "low": "low",
-    "high": "high",
-    "recovered": "share of the difference",
-    "recovered_low": "low",
-    "recovered_high": "high",
-}
+ROLES_SIDE_BY_SIDE = 8
+"""Maps of more roles stand one below the other."""
 
 
 def mechanism_sections(content: dict[str, Any], tables: Mapping[str, Any]) -> list[Values]:
-    """Sections on those of these experiments that were done."""
-    roles, models = list(content["models"]), content["models"].values()
-    made, cmaps = next(iter(models)), content["cmap"]
-    sections: list[Values] = []
-
-    def add(name: str, heading: str, **values: Any) -> None:
-        sections.append((name, heading, {"roles": roles, **values}))
-
-    if "information" in made:
-        add("information", "What the groups carry", **_information(content, tables))
-    if "completeness" in made:
-        shown = frame_table(tables["completeness"], _COMPLETENESS_COLUMNS)
-        add("completeness", "Completeness", table=shown)
-    if "minimality" in made:
-        add("minimality", "Minimality", **_minimality(content, tables))
-    if "knockout" in made:
-        shown = frame_table(tables["knockout"], _KNOCKOUT_COLUMNS)
-        known = PUBLISHED_KNOCKOUT if content["task"]["name"] == NAME else {}
-        published = {f"{accuracy:.2f}": layer for layer, accuracy in known.items()}
-        add("knockout", "Where information passes", table=shown, published=published)
-    if cmaps:
-        shown = frame_table(tables["cmap"], _CMAP_COLUMNS)
-        both = [name for name in cmaps if name not in (CONTROL, AS_PUBLISHED)]
-        add("cmap", "Heads of the other model", names=both, table=shown)
-    if AS_PUBLISHED in cmaps:
-        values = _as_published(content, tables)
-        add("published_cmap", "Heads of the fine-tune's own circuit", **values)
-    if CONTROL in cmaps:
-        about = (*content["models"].values(), content["control"])
-        base, tuned, control = (each["label"] for each in about)
-        shown = frame_table(tables[f"cmap_{CONTROL}"], _CMAP_COLUMNS)
-        values = {"base": base, "tuned": tuned, "control": control, "table": shown}
-        add("control", "Heads of a control model", figure=f"cmap_{CONTROL}", **values)
-    return sections
-
-
-def _information(content: dict[str, Any], tables: Any) -> dict[str, Any]:
-    models = content["models"]
-    columns = [[WORDS.kind(kind.name), kind.says] for kind in DESIDERATA.values()]
-    left_out = {
-        WORDS.kind(name): reason
-        for model in models.values()
-        for name, reason in model["dcm"]["left_out"].items()
-    }
-    masks: Table | None = None
-    several = False
-    if "masks" in tables:
-        frame, names = tables["masks"], _MASK_COLUMNS
-        several = not frame["chosen"].all()
-        if several:
-            # A price has few places, but not always three.
-            frame = frame.assign(sparsity=frame["sparsity"].map("{:g}".format))
-            first = list(names)[:3]
-            names = {n: names[n] for n in first} | _SEVERAL_MASKS | names
-        masks = frame_table(frame, names)
-    return {
-        "figures": [
-            f"{role}_carries_{heads}_heads"
-            for role, model in models.items()
-            for heads in model["information"]
+    """The section on the mechanisms, if one was looked for."""
+    models = {role: m for role, m in content["models"].items() if "mechanism" in m}
+    if not models:
+        return []
+    found = {role: m for role, m in models.items() if "nodes" in m["mechanism"]}
+    values: dict[str, Any] = {
+        "sentences": [unbroken(mechanism_sentence(model)) for model in models.values()],
+        "found": [{"role": role, "label": model["label"]} for role, model in found.items()],
+        "side_by_side": all(_n_roles(m["mechanism"]) <= ROLES_SIDE_BY_SIDE for m in found.values()),
+        "table": _alone(content, found) if found else None,
+        "of": next((m["mechanism"]["prompts"] for m in found.values()), None),
+        "ablation": next((m["mechanism"]["ablation"] for m in found.values()), None),
+        "knowing": sorted({r for m in found.values() for r in m["mechanism"]["knowing"]}),
+        "same": _same(content),
+        "of_circuit": _of_circuit(content, found),
+        "nodes": frame_table(tables["mechanism_nodes"], _NODE_COLUMNS) if found else None,
+        "edges": _edges(tables),
+        "with_edges": [role for role, m in found.items() if m["mechanism"]["edges"]],
+        "no_edges": [
+            (m["label"], m["mechanism"]["no_edges"])
+            for m in found.values()
+            if m["mechanism"]["no_edges"]
         ],
-        "columns": table(["pairs", "what they are"], columns),
-        "masks": masks,
-        "several": several,
-        "left_out": left_out,
     }
+    return [("mechanism", "The mechanism", values)]
 
 
-def _minimality(content: dict[str, Any], tables: Any) -> dict[str, Any]:
-    kept: dict[str, tuple[int, int]] = {}
-    for model in content["models"].values():
-        entries = model["minimality"]["entries"]
-        kept[model["label"]] = (sum(entry["kept"] for entry in entries), len(entries))
-    there = "minimality" in tables
-    shown = frame_table(tables["minimality"], _MINIMALITY_COLUMNS) if there else None
-    by_index = any("by_index" in model["minimality"] for model in content["models"].values())
-    return {"kept": kept, "table": shown, "by_index": by_index}
+def _of_circuit(content: dict[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the figure's caption says of the circuit, if it is there."""
+    if not any(CIRCUIT in model["mechanism"]["beside"] for model in models.values()):
+        return ""
+    said = " Beside them the circuit of groups"
+    # Of the paper's positions two depend on what is asked.
+    return f"{said}, which is told where to look." if is_of_boxes(content) else f"{said}."
 
 
-def _as_published(content: dict[str, Any], tables: Any) -> dict[str, Any]:
-    base, tuned = (model["label"] for model in content["models"].values())
-    published = [
-        [name, *(f"{found[group]:.2f}" for group in (*GROUPS, "whole circuit"))]
-        for name, found in PUBLISHED_CMAP.items()
+def _n_roles(found: Mapping[str, Any]) -> int:
+    return len({role for _, _, role in found["nodes"]})
+
+
+def _alone(content: dict[str, Any], models: Mapping[str, Mapping[str, Any]]) -> Table:
+    labels = {role: model["label"] for role, model in content["models"].items()}
+    rows: list[list[str]] = []
+    for model in models.values():
+        found, name = model["mechanism"], model["label"]
+        whole = [name, "everything", str(found["n_all"]), share_text(found["alone"]["model"])]
+        rows.append([*whole, "", "", ""])
+        rows.append([name, "its mechanism", *_cells(found["alone"])])
+        for role, point in found["beside"].items():
+            what = "its circuit of groups" if role == CIRCUIT else f"mechanism of {labels[role]}"
+            rows.append([name, what, *_cells(point)])
+        if found["random"]:
+            rows.append([name, *_random(found)])
+    header = ["model", "what is left", "nodes", "accuracy", "faithfulness", "agreement"]
+    return table([*header, "KL"], rows)
+
+
+def _cells(point: Mapping[str, Any]) -> list[str]:
+    low, high = (read_number(end) for end in point["kl_interval"])
+    return [
+        str(point["n_nodes"]),
+        share_text(point["accuracy"]),
+        ratio_text(point),
+        agreement_text(point),
+        f"{point['kl']:.3f} [{low:.3f}, {high:.3f}]",
     ]
-    header = ["published: Llama-7B with head outputs of", *map(WORDS.group, GROUPS)]
+
+
+def _random(found: Mapping[str, Any]) -> list[str]:
+    def span(values: list[float]) -> str:
+        return f"{min(values):.3f} to {max(values):.3f}"
+
+    drawn = found["random"]
+    shares = [read_number(point["faithfulness"]) for point in drawn]
+    return [
+        f"{len(drawn)} draws of random nodes, of the same layers and roles",
+        str(drawn[0]["n_nodes"]),
+        span([point["accuracy"]["accuracy"] for point in drawn]),
+        span(shares),
+        span([point["agreement"] for point in drawn]),
+        span([point["kl"] for point in drawn]),
+    ]
+
+
+def _same(content: dict[str, Any]) -> dict[str, Any] | None:
+    same = content["same_mechanism"]
+    if same is None:
+        return None
+    nodes, edges = same["nodes"], same["edges"]
+    base, tuned = (model["label"] for model in content["models"].values())
+    rows = [_overlap("nodes", nodes, nodes), _overlap("nodes", nodes, nodes["within_roles"], True)]
+    for role, again in same["ceiling"].items():
+        rows.append(_overlap(f"nodes, {role} found twice", again, again))
+    rows += [] if edges is None else [_overlap("strongest edges", edges, edges)]
+    header = ["what", f"only {base}", "in both", f"only {tuned}", "in both by chance", "p"]
     return {
         "base": base,
         "tuned": tuned,
-        "heads": sizes_text(content["cmap"][AS_PUBLISHED]["heads"], GROUPS),
-        "published_heads": {
-            name: "/".join(map(str, found)) for name, found in PUBLISHED_CMAP_SIZES.items()
-        },
-        "figure": f"cmap_{AS_PUBLISHED}",
-        "published": table([*header, "whole circuit"], published),
-        "table": frame_table(tables[f"cmap_{AS_PUBLISHED}"], _CMAP_COLUMNS),
+        "shared": len(nodes["shared"]),
+        "lost": len(nodes["lost"]),
+        "gained": len(nodes["gained"]),
+        "chance": f"{nodes['within_roles']['shared_by_chance']:.1f}",
+        "p": f"{nodes['within_roles']['p_value']:.2g}",
+        "found_again": bool(same["ceiling"]),
+        "table": table([*header, "Jaccard index"], rows),
     }
+
+
+def _overlap(
+    what: str, found: Mapping[str, Any], chance: Mapping[str, Any], within: bool = False
+) -> list[str]:
+    low, high = chance["chance_range"]
+    jaccard = found["jaccard"]
+    return [
+        f"{what}, chance within layers and roles" if within else f"{what}, chance within layers",
+        str(len(found["lost"])),
+        str(len(found["shared"])),
+        str(len(found["gained"])),
+        f"{chance['shared_by_chance']:.1f} [{low}, {high}]",
+        f"{chance['p_value']:.2g}",
+        NO_VALUE if jaccard is None else f"{jaccard:.2f}",
+    ]
+
+
+def _edges(tables: Mapping[str, Any]) -> Table | None:
+    if "mechanism_edges" not in tables:
+        return None
+    frame = tables["mechanism_edges"]
+    return frame_table(frame.groupby("model", sort=False).head(EDGES_SHOWN), _EDGE_COLUMNS)

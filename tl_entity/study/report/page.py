@@ -15,8 +15,8 @@ from tl_entity.plots.render import figure_html, figure_script, plotly_script
 from tl_entity.study.report.cells import is_of_boxes
 from tl_entity.study.report.circuits import circuit_sections
 from tl_entity.study.report.gain import gain_sections
+from tl_entity.study.report.groups import group_sections
 from tl_entity.study.report.mechanism import mechanism_sections
-from tl_entity.study.report.nodes import node_sections
 from tl_entity.study.report.story import again_values, first_sections, paper_values
 from tl_entity.study.store import with_circuit
 
@@ -81,7 +81,7 @@ def render_report(
         .get_template("page.html")
         .render(
             title=f"{what} in {title}",
-            style=_asset("page.css"),
+            style=_asset("page.css") + _asset("sections.css"),
             plotly=Markup(plotly_script().read_text(encoding="utf-8")),
             script=Markup(figure_script()),
             sections=_sections(whole, problem, tables),
@@ -100,11 +100,11 @@ def _sections(
     content = {**whole, "models": models}
     found = [Section(*each) for each in first_sections(whole, problem)]
     if models:
-        found += [Section(*each) for each in node_sections(content, tables)]
+        found += [Section(*each) for each in mechanism_sections(content, tables)]
         if all("discovery" in model for model in models.values()):
             found += [Section(*each) for each in circuit_sections(content)]
-        found += [Section(*each) for each in mechanism_sections(content, tables)]
-        found += [Section(*each) for each in gain_sections(content, tables)]
+        found += [Section(*each) for each in group_sections(content, tables)]
+    found += [Section(*each) for each in gain_sections(whole, tables)]
     tested = bool(models) and all("faithfulness" in model for model in models.values())
     if tested and is_of_boxes(content):
         found.append(Section("paper", "Beside the paper", paper_values(content)))

@@ -99,7 +99,12 @@ def example_words() -> list[tuple[str, str]]:
 def marked_words(task: dict[str, Any]) -> list[tuple[str, str]]:
     """The same of another task's example, token by token."""
     named = {at: name for name, at in sorted(task["positions"].items())}
-    return [(word, named.get(at, "")) for at, word in enumerate(task["example"])]
+    pieces: list[tuple[str, str]] = []
+    for at, token in enumerate(task["example"]):
+        word = token.lstrip()
+        # No mark covers the space ahead of its word.
+        pieces += [(token[: len(token) - len(word)], ""), (word, named.get(at, ""))]
+    return pieces
 
 
 def _glance_values(whole: dict[str, Any], problem: str | None) -> dict[str, Any]:
