@@ -7,6 +7,7 @@ Hooks run a few tokens; their seconds are scaled to all. Seconds are of the proc
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main() -> None:
             "tokens": n_tokens,
             "difference": float((some.per_example - same.per_example).abs().max()),
         }
-        print(over, found[over], flush=True)
+        sys.stderr.write(f"{over}: {found[over]}\n")
     content = {"model": Path(options.model).stem, "pairs": options.pairs, "grids": found}
     out = RESULTS / "grids" / f"{options.out}.json"
     out.parent.mkdir(exist_ok=True)
