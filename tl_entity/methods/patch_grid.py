@@ -84,7 +84,7 @@ def patch_grid(
         run, source = chunk.pairs.clean, chunk.pairs.corrupt
         at = (chunk.places.clean, chunk.places.corrupt)
         if into == "corrupt":
-            (run, source), at = (source, run), at[::-1]
+            (run, source), at = (source, run), (at[1], at[0])
         asked = _Asked(chunk.pairs, run, source, over, at, chosen)
         values, patched = run_patches(model, asked, runner)
         return values, patched
