@@ -67,6 +67,10 @@ def _patched(grid: "_Grid", tokens: tuple[Tensor, Tensor], memory: int) -> tuple
     found = grid.final.expand(n_layers * parts, len(tokens[0]), -1, -1).clone()
     for index, (here, there) in enumerate(zip(*tokens, strict=True)):
         change = grid.change(here, there)
+        # What gets its own value changes nothing, whatever rounding says.
+        moved = torch.cat([(some != 0).any(-1).to(found.device) for some in change])
+        if not bool(moved.any()):
+            continue
         for window in Window.each_length(grid.prompts, here):
             members = window.members.to(found.device)
             theirs = [some[:, window.members.to(some.device)] for some in change]
@@ -79,8 +83,6 @@ def _patched(grid: "_Grid", tokens: tuple[Tensor, Tensor], memory: int) -> tuple
             size = rows_within(window.bytes_per_variant(grid.model), memory // 2)
             for patches, resid in halving(range(n_layers * parts), size, compute):
                 found[patches, index, members] = resid.to(found.device)
-        # What gets its own value changes nothing, whatever rounding says.
-        moved = torch.cat([(some != 0).any(-1).to(found.device) for some in change])
         found[:, index] = found[:, index].where(moved[..., None], grid.final)
     return grid.final, found.unflatten(0, (n_layers, parts))
 
