@@ -128,18 +128,18 @@ RANKINGS = {
 
 @dataclass(frozen=True)
 class EdgeScores:
-    """Sizes of edges by the role of the token that they are at.
+    """Scores of edges by the role of the token that they are at.
 
     Attributes:
         senders: the embedding, and each layer's heads, then its MLP: (layer, head or None).
         receivers: (layer, head or None, "q", "k", "v" or "mlp"), and the logits at the end.
-        sizes: `[role sender receiver]`.
+        values: `[role sender receiver]`, below zero where the corrupt sender lowers the answer.
         group: query heads that share a key and value head.
     """
 
     senders: list[tuple[int, int | None]]
     receivers: list[tuple[int, int | None, str]]
-    sizes: Tensor
+    values: Tensor
     group: int
 
 
@@ -169,7 +169,7 @@ def _edge_scores(given: Given) -> EdgeScores:
             receivers += [(layer, head, into) for head in range(n)]
         receivers.append((layer, None, "mlp"))
     receivers.append((cfg.n_layers, None, "logits"))
-    return EdgeScores(senders, receivers, total.abs() / len(pairs), cfg.n_heads // n_kv)
+    return EdgeScores(senders, receivers, total / len(pairs), cfg.n_heads // n_kv)
 
 
 def _inputs(model) -> list[str]:
@@ -239,7 +239,7 @@ def _grown(scores: EdgeScores, gates: Gates) -> Tensor:
         [layer + (0.5 if head is None else 0) for layer, head in scores.senders]
     )
     # The best edge from each sender at each role into what is in the circuit so far.
-    best = torch.full(scores.sizes.shape[:2], -torch.inf)
+    best = torch.full(scores.values.shape[:2], -torch.inf)
     come = torch.full((len(gates.all_nodes),), -torch.inf)
     index = {node: i for i, node in enumerate(gates.all_nodes)}
 
@@ -251,7 +251,7 @@ def _grown(scores: EdgeScores, gates: Gates) -> Tensor:
             below = layer_of < layer + (0.25 if kind == "mlp" else -0.25)
             roles = [role] if kind in ("q", "mlp", "logits") else range(len(gates.roles))
             for at_role in roles:
-                sizes = torch.where(below, scores.sizes[at_role, :, i], -torch.inf)
+                sizes = torch.where(below, scores.values[at_role, :, i].abs(), -torch.inf)
                 best[at_role] = torch.maximum(best[at_role], sizes)
 
     done = torch.zeros_like(best, dtype=torch.bool)

@@ -41,6 +41,7 @@ from tl_entity import (
     zero_ablation,
 )
 from tl_entity.models.registry import planted_circuit
+from tl_entity.results import plain
 from tl_entity.tasks.desiderata import MAIN_DESIDERATA
 
 CHANGED = {
@@ -174,8 +175,8 @@ def write(
         sys.stdout.write(f"{groups[name].table(None).to_string()}\n")
         circuit = Circuit.load(planted_circuit(model))
         sys.stdout.write(f"{groups[name].beside(circuit, ROLES).to_string()}\n")
-    sys.stdout.write(f"{compared}\n{compared.faithfulness_dataframe()}\n")
-    options.out.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    sys.stdout.write(f"{compared}\n{compared.faithfulness_dataframe().to_string()}\n")
+    options.out.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def test_a_search_that_is_kept_gives_what_one_that_is_not_does(whole) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
 
 
+@pytest.mark.parametrize("how", [{"precision": "bfloat16"}, {"loss": "metric"}])
+def test_whatever_is_searched_in_is_read_back(how, tmp_path) -> None:
+    settings = GateTraining(first_steps=6, steps=3, prompts_per_step=16, most_prices=3, **how)
+    engine = "hooks" if "loss" in how else "exact"
+    first, again = (search(tmp_path, training=settings, engine=engine) for _ in range(2))
+    plain = search(None, training=settings, engine=engine)
+    assert pack(first) == pack(again) == pack(plain)
+
+
 def test_a_search_that_is_killed_goes_on(whole, tmp_path) -> None:
     _, expected = whole
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -48,6 +48,17 @@ def test_nodes_stand_by_how_often_they_are_found(found) -> None:
     assert found.to_dataframe()["standing"].tolist() == ["core", "contingent", "noise"]
 
 
+def test_any_two_searches_are_shown_beside_each_other(found) -> None:
+    figure = found.plot()
+    (cells,) = figure.data
+    # Rows are numbered from below and named by the axis's ticks.
+    names = dict(zip(figure.layout.yaxis.tickvals, figure.layout.yaxis.ticktext, strict=True))
+    rows = {names[at]: row for at, row in zip(cells.y, np.array(cells.z, float), strict=True)}
+    np.testing.assert_allclose(rows["first"], [1, 2 / 3, 1, 1 / 2])
+    np.testing.assert_allclose(rows["seed 1"], [2 / 3, 1, 2 / 3, 1 / 3])
+    assert "1 core, 1 contingent, 1 noise" in figure.layout.title.text
+
+
 def test_it_is_kept_and_read(found, tmp_path) -> None:
     found.save(tmp_path / "found.safetensors")
     assert MechanismStability.load(tmp_path / "found.safetensors") == found

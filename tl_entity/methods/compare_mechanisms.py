@@ -214,6 +214,7 @@ def compare_mechanisms(
     faithfulness: Mapping[str, Faithfulness] | None = None,
     models: tuple[Model, Model] | None = None,
     prompts: PromptBatch | None = None,
+    n_random: int = 3,
 ) -> MechanismComparison:
     """Compare the mechanisms of two models.
 
@@ -234,6 +235,8 @@ def compare_mechanisms(
         models: both models, to measure how each mechanism does in each of them; goes with
             `prompts`.
         prompts: held-out prompts.
+        n_random: draws of as many random nodes that each mechanism stands beside in each model;
+            each takes as long as the mechanism itself.
 
     Raises:
         InputError: if the candidates are not known or lack a node, a mechanism found again is of
@@ -259,7 +262,7 @@ def compare_mechanisms(
     measured = dict(faithfulness or {})
     inside: dict[str, tuple[NodesEvaluation, ...]] = {}
     if models is not None and prompts is not None:
-        for key, alone, each in _each_in_each((base, tuned), models, prompts):
+        for key, alone, each in _each_in_each((base, tuned), models, prompts, n_random):
             measured[key] = alone
             if each:
                 inside[key] = each
@@ -297,7 +300,10 @@ def _stability(
 
 
 def _each_in_each(
-    mechanisms: tuple[Any, Any], models: tuple[Model, Model], prompts: PromptBatch
+    mechanisms: tuple[Any, Any],
+    models: tuple[Model, Model],
+    prompts: PromptBatch,
+    n_random: int,
 ) -> Iterator[tuple[str, Faithfulness, tuple[NodesEvaluation, ...]]]:
     """Each mechanism alone, in its own model and in the other; and if it can draw random nodes of
     the same layers and roles, all that was measured of it and of these."""
@@ -310,7 +316,7 @@ def _each_in_each(
             )
         for where, model in zip(names, models, strict=True):
             if isinstance(mechanism, Mechanism):
-                each = mechanism.evaluate_beside_random(model, prompts)
+                each = mechanism.evaluate_beside_random(model, prompts, n_random=n_random)
                 yield f"{name} in {where}", each[0].faithfulness, each
             else:
                 found = mechanism.evaluate(model, prompts)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
 from tl_entity.heads import Node, as_node
@@ -16,6 +18,7 @@ from tl_entity.stats import Chance, shared_by_all
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 FEW = 1 / 3
 """A node found in no more than this share of the searches is noise."""
@@ -102,11 +105,7 @@ class MechanismStability(Result):
         """For each further search, what it shares with the first, as a share of what is in either;
         NaN if both are empty."""
         (_, first), *others = self.found.items()
-        found: dict[str, float] = {}
-        for name, nodes in others:
-            either = len({*first} | {*nodes})
-            found[name] = len({*first} & {*nodes}) / either if either else float("nan")
-        return found
+        return {name: _jaccard(first, nodes) for name, nodes in others}
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row a node: in how many searches it was found, how it stands, and which searches
@@ -153,6 +152,21 @@ class MechanismStability(Result):
         rows = self.searches_dataframe()
         return rows if n is None else rows.head(n)
 
+    def plot(self, *, title: str | None = None) -> "go.Figure":
+        """What any two searches share, as a share of what is in either (Jaccard)."""
+        from tl_entity.plots.heatmaps import share_heatmap
+
+        each = list(self.found.values())
+        counts = ", ".join(f"{len(self.nodes(kind))} {kind}" for kind in STANDINGS)
+        return share_heatmap(
+            list(self.found),
+            list(self.found),
+            np.array([[_jaccard(one, other) for other in each] for one in each]),
+            title=f"Nodes shared by two searches; {counts}" if title is None else title,
+            name="Jaccard",
+            joint="and ",
+        )
+
 
 @checked
 def mechanism_stability(
@@ -198,6 +212,11 @@ def mechanism_stability(
             possible, list(nodes.values()), lambda n: (n.layer, n.head is None, n.role)
         ),
     )
+
+
+def _jaccard(one: Sequence[Node], other: Sequence[Node]) -> float:
+    either = len({*one} | {*other})
+    return len({*one} & {*other}) / either if either else float("nan")
 
 
 @checked

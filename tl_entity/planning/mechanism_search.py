@@ -28,8 +28,9 @@ HALF = 0.5
 
 @dataclass(frozen=True)
 class MechanismSearch(Job):
-    """A search by `find_mechanism`, at most: if the last price is tried and nodes are pruned as
-    often as asked for, in runs that leave nothing out. The clean prompts are searched.
+    """A search by `find_mechanism` for heads, at most: if the last price is tried and nodes are
+    pruned as often as asked for, in runs that leave nothing out, in the model's own precision. The
+    clean prompts are searched.
 
     Attributes:
         training: how gates are trained.
