@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from qwen_tables import share, table
+from qwen_tables import GROUPS, share, table
 
 from tl_entity import compare_mechanisms
 from tl_entity.methods.mechanism_result import Mechanism
@@ -32,6 +32,17 @@ GAINS = {
     "lookup0": "look-up, seed 0",
     "lookup1": "look-up, seed 1",
 }
+ROLES = {
+    "value_fetcher": "last",
+    "pos_transmitter": "last",
+    "pos_detector": "query_label",
+    "struct_reader": "label",
+}
+"""The role of each group's tokens, blind to what is asked."""
+
+TOP_EDGES = 12
+"""Edges of each model that are shown."""
+
 TOP = 80
 """Units of two fine-tunes that are compared."""
 
@@ -134,6 +145,56 @@ def role_table(mechanisms: dict[str, Mechanism]) -> str:
     return table(["role", *MECHANISMS.values()], rows)
 
 
+def group_table(circuits: dict[str, Any], mechanisms: dict[str, Mechanism]) -> str:
+    """How many heads of each group of path patching are nodes at the group's tokens."""
+    rows = []
+    for group, title in GROUPS.items():
+        row = [title]
+        for role in ("base", "tuned"):
+            nodes, heads = mechanisms[role].nodes, circuits[role][group]
+            there = {(n.layer, n.head) for n in nodes if n.role == ROLES[group]}
+            chance = sum(
+                sum(layer == at for at, _ in there) / mechanisms[role].n_heads for layer, _ in heads
+            )
+            inside = sum(tuple(head) in there for head in heads)
+            row.append(f"{inside} of {len(heads)} ({chance:.1f})")
+        rows.append(row)
+    return table(["group", "the base (by chance)", "the fine-tune (by chance)"], rows)
+
+
+def edge_table(found: dict[str, Any], n: int) -> str:
+    """The strongest edges of both."""
+    rows = []
+    for one, other in zip(found["base"]["top"][:n], found["tuned"]["top"][:n], strict=True):
+        row: list[str] = []
+        for edge in (one, other):
+            to = (
+                edge["receiver"]
+                if edge["input"] == "logits"
+                else f"{edge['input']} of {edge['receiver']}"
+            )
+            row += [
+                f"{edge['sender']} to {to}",
+                numbers([edge["score"], edge["low"], edge["high"]]),
+            ]
+        rows.append(row)
+    return table(["the base", "score", "the fine-tune", "score"], rows)
+
+
+def same_edges(found: dict[str, Any], n: int) -> int:
+    """How many of the strongest edges are strongest in both."""
+    keys = ("sender", "receiver", "input")
+    first = [
+        {tuple(e[k] for k in keys) for e in found[role]["top"][:n]} for role in ("base", "tuned")
+    ]
+    return len(first[0] & first[1])
+
+
+def clear(found: dict[str, Any], n: int) -> int:
+    """How many of a model's strongest edges have an interval without zero."""
+    return sum(edge["low"] > 0 or edge["high"] < 0 for edge in found["top"][:n])
+
+
 def gain_table(records: dict[str, Any]) -> str:
     """The gain of each fine-tune, and the kinds of weights that it lies in."""
     rows = []
@@ -214,7 +275,8 @@ def page() -> str:
     }
     gains = {name: read(f"gain_{name}") for name in GAINS}
     shipped = gains["shipped"]
-    inside = read("inside")
+    inside, edges = read("inside"), read("edges")
+    circuits = {role: read("results")["models"][role]["circuit"] for role in ("base", "tuned")}
     template = (HERE / "qwen_mechanism.template").read_text(encoding="utf-8")
     each = compare_mechanisms(mechanisms["base"], mechanisms["tuned"]).nodes
     grafts = {
@@ -239,6 +301,18 @@ def page() -> str:
         inside_prompts=inside["base in base"]["prompts"],
         overlap=overlap_table(mechanisms),
         roles=role_table(mechanisms),
+        groups=group_table(circuits, mechanisms),
+        edges=edge_table(edges, TOP_EDGES),
+        n_top=TOP_EDGES,
+        edge_pairs=edges["base"]["pairs"],
+        base_edges=edges["base"]["edges"],
+        tuned_edges=edges["tuned"]["edges"],
+        base_edge_seconds=round(edges["base"]["seconds"]),
+        tuned_edge_seconds=round(edges["tuned"]["seconds"]),
+        base_edge_ratio=f"{edges['base']['seconds'] / edges['base']['stage_seconds']:.1f}",
+        both_top=same_edges(edges, TOP_EDGES),
+        clear_base=clear(edges["base"], 20),
+        clear_tuned=clear(edges["tuned"], 20),
         lower_base=lower["base"]["nodes"],
         lower_base_faithfulness=numbers(lower["base"]["faithfulness"]),
         lower_tuned=lower["tuned"]["nodes"],
