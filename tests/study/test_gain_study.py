@@ -109,6 +109,7 @@ def test_it_is_on_the_page_in_tables_and_figures(done, results):
     out, _ = done
     page = (out / "report.html").read_text()
     assert 'id="gain"' in page and 'id="circuits"' not in page and 'id="mechanism"' not in page
+    assert "a loss" not in page
     assert f"Fine-tuning changed {results['gain']['n_units']} units of the weights" in page
     schema = resources.files("tl_entity.study").joinpath("results.schema.json").read_text()
     Draft202012Validator(json.loads(schema)).validate(results)
@@ -178,6 +179,18 @@ def test_a_base_without_the_ability_gains_too(settings, tmp_path):
     assert results["gain"]["gain"] > 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert 'id="gain"' in page and "what tuned gains over blank" in page
+
+
+def test_a_loss_is_called_one(settings, tmp_path):
+    back = replace(settings, base=settings.tuned, tuned=settings.base)
+    results = reproduce(back, tmp_path)
+    assert results["gain"]["gain"] < 0
+    page = (tmp_path / "report.html").read_text()
+    assert "the gain is below zero: a loss" in page
+    kinds = results["gain"]["by_kind"]
+    most = max(kinds, key=lambda kind: kinds[kind]["of_gain"])
+    assert kinds[most]["share"] < 0
+    assert f"Of the gain, {kinds[most]['of_gain']:.0%} in {most}" in page
 
 
 def test_one_model_gains_nothing(settings, tmp_path):

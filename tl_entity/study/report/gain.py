@@ -51,6 +51,7 @@ def gain_sections(content: dict[str, Any], tables: Mapping[str, Any]) -> list[Va
         units = frame_table(tables["gain_units"].head(UNITS_SHOWN), _UNIT_COLUMNS)
         values |= {
             "metric": gain["metric"],
+            "is_loss": gain["gain"] < 0,
             "prompts": gain["prompts"],
             "n_units": gain["n_units"],
             "gain": unbroken(_with_interval(gain["gain"], gain["interval"])),
@@ -78,9 +79,9 @@ def _of_gain(part: Mapping[str, Any]) -> str:
 
 
 def _most(by_kind: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The kinds of weights that bring or cost a part worth telling, the largest first."""
+    """The kinds of weights that have a part of the gain worth telling, the largest first."""
     told = {kind: part for kind, part in by_kind.items() if _is_told(part)}
-    ranked = sorted(told.items(), key=lambda item: -item[1]["share"])
+    ranked = sorted(told.items(), key=lambda item: -read_number(item[1]["of_gain"]))
     return [f"{_of_gain(part)} in {kind}" for kind, part in ranked]
 
 
