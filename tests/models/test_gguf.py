@@ -305,10 +305,10 @@ def test_headers_that_would_take_minutes_are_refused(tmp_path, content, words):
 
 
 def test_lists_of_numbers_are_read_whole(tmp_path):
-    from tl_entity.models.gguf_file import _read_header
+    from tl_entity.models.gguf_header import read_header
 
     numbers = {0: ("B", [0, 255]), 5: ("i", [-7, 2**31 - 1]), 12: ("d", [1e300, -0.5])}
     for kind, (code, values) in numbers.items():
         packed = struct.pack("<IIQ", 9, kind, len(values)) + struct.pack(f"<2{code}", *values)
         (tmp_path / "model.gguf").write_bytes(header_with(packed))
-        assert _read_header(tmp_path / "model.gguf").values == {"a": values}
+        assert read_header(tmp_path / "model.gguf").values == {"a": values}

@@ -4,7 +4,6 @@ what lies after the edits, in tokens and in layers, is computed again. Different
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float, Int
@@ -23,15 +22,20 @@ from tl_entity.exact.blocks import (
     unembed,
 )
 from tl_entity.exact.memory import halving, memory_budget
+from tl_entity.exact.suffix_plan import LayerEdits as LayerEdits
+from tl_entity.exact.suffix_plan import Plan as Plan
+from tl_entity.exact.suffix_plan import apply as apply
+from tl_entity.exact.suffix_plan import edits_within as edits_within
+from tl_entity.exact.suffix_plan import gathered as gathered
+from tl_entity.exact.suffix_plan import sizes_of as sizes_of
 from tl_entity.exact.window import (
     ANSWER_TOKEN,
     EVERY_TOKEN,
     QUERY_POINTS,
     KeysAndValues,
     Window,
-    WindowEdit,
 )
-from tl_entity.exact.windowed import first_tokens, unknown_edit, within
+from tl_entity.exact.windowed import first_tokens, unknown_edit
 from tl_entity.hooks.guard import guarded
 from tl_entity.hooks.points import hook_point, point_and_layer
 from tl_entity.hooks.run import HookFunction, record
@@ -41,9 +45,6 @@ from tl_entity.tasks.batches import ANSWER_POSITION, PromptBatch
 
 EDITABLE = ("q", "k", "v", "rot_q", "attn_scores", "z")
 """Where this engine takes edits."""
-
-LayerEdits = Mapping[str, Sequence[HookFunction]]
-"""The edits of a layer by point, in the order they are made."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,10 @@ class CleanRun:
                 for some, final in halving(edited, size, compute):
                     for index, resid in zip(edited[some], final, strict=True):
                         parts[index].append((window.members, resid))
-        final = [_gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
+        final = [gathered(parts[i]) if i in parts else self.final for i in range(len(plans))]
         return torch.stack(final) if final else self.final.expand(0, -1, -1)
 
-    def _plan(self, hooks: Sequence[tuple[str, HookFunction]]) -> "_Plan":
+    def _plan(self, hooks: Sequence[tuple[str, HookFunction]]) -> "Plan":
         layers: dict[int, dict[str, list[HookFunction]]] = {}
         for name, edit in hooks:
             point, layer = point_and_layer(name)
@@ -236,14 +237,14 @@ class CleanRun:
                 )
             layers.setdefault(layer, {}).setdefault(point, []).append(edit)
         lowest = min(layers, default=self.model.cfg.n_layers)
-        return _Plan(max((b for b in self.begins if b <= lowest), default=lowest), layers)
+        return Plan(max((b for b in self.begins if b <= lowest), default=lowest), layers)
 
     @piece(
         SUFFIX,
         alike=lambda self, window, plans: (window.sizes, tuple(plan.sizes for plan in plans)),
     )
     def _recompute(
-        self, window: Window, plans: Sequence["_Plan"]
+        self, window: Window, plans: Sequence["Plan"]
     ) -> Float[Tensor, "variant member d_model"]:
         """The final residual stream at the answer's token; plans in order of where they begin."""
         rows = None
@@ -260,7 +261,7 @@ class CleanRun:
         alike=lambda self, window, layer, rows, here: (
             window.sizes,
             None if rows is None else (rows.shape, rows.is_contiguous()),
-            tuple(map(_sizes, here)),
+            tuple(map(sizes_of, here)),
             layer == self.model.cfg.n_layers - 1,
         )
     )
@@ -272,7 +273,7 @@ class CleanRun:
         here: Sequence[LayerEdits],
     ) -> Float[Tensor, "variant member query d_model"]:
         """Take the rows through a layer; variants after those that have rows begin here."""
-        here = [_within(edits, window) for edits in here]
+        here = [edits_within(edits, window) for edits in here]
         begun = 0 if rows is None else len(rows)
         last = layer == self.model.cfg.n_layers - 1
         # The keys and values of other tokens still count in the last layer, nothing else.
@@ -296,7 +297,7 @@ class CleanRun:
             # No attention to compute: what the edited heads write is all that differs.
             z = self._within_window("z", layer, window)[:, queries]
             z = z.expand(len(here), *z.shape)
-            edited = _apply("z", here, layer)(z)
+            edited = apply("z", here, layer)(z)
             change = head_outputs(model, layer, edited - z, list(range(model.cfg.n_heads)))
             return self._within_window("resid_mid", layer, window)[:, queries] + change
         resid = self._within_window("resid_pre", layer, window)
@@ -317,7 +318,7 @@ class CleanRun:
             layer,
             resid_pre,
             self._keys_and_values(layer),
-            edits={point: _apply(point, here, layer) for point in points},
+            edits={point: apply(point, here, layer) for point in points},
             queries=queries,
         )
 
@@ -386,51 +387,3 @@ def _start(
             raise unknown_edit(edit)
         start = torch.minimum(start, first.to(start))
     return start
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A list of edits by layer and point, and the layer at which recomputation begins."""
-
-    begin: int
-    layers: Mapping[int, LayerEdits]
-
-    @property
-    def sizes(self) -> tuple[object, ...]:
-        """What it costs depends on where the edits are, and on their kinds and sizes."""
-        return self.begin, tuple((layer, _sizes(at)) for layer, at in self.layers.items())
-
-
-def _sizes(edits: LayerEdits) -> tuple[object, ...]:
-    return tuple(
-        (point, type(edit), *(v.shape for v in vars(edit).values() if isinstance(v, Tensor)))
-        for point, some in edits.items()
-        for edit in some
-    )
-
-
-def _gathered(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """What was computed window by window, in the order of the prompts."""
-    members = torch.cat([members for members, _ in parts])
-    resid = torch.cat([resid for _, resid in parts])
-    return resid[members.argsort().to(resid.device)]
-
-
-def _apply(point: str, here: Sequence[LayerEdits], layer: int) -> WindowEdit:
-    """The edits of every variant at a point, as one function of all variants' activations."""
-    hook = SimpleNamespace(name=hook_point(point, layer))
-    axis = 2 if point == "attn_scores" else 0
-
-    def edit(activation: Tensor) -> Tensor:
-        edited = []
-        for variant, edits in zip(activation.unbind(axis), here, strict=True):
-            for function in edits.get(point, ()):
-                variant = function(variant, hook)
-            edited.append(variant)
-        return torch.stack(edited, axis)
-
-    return edit
-
-
-def _within(edits: LayerEdits, window: Window) -> LayerEdits:
-    return {point: [within(edit, window) for edit in some] for point, some in edits.items()}

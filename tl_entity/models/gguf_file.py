@@ -6,16 +6,14 @@ the model computes, and nothing may be lost of it. Blocks of quantised numbers a
 """
 
 import math
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 from tokenizers import pre_tokenizers
 from torch import Tensor
@@ -32,35 +30,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tl_entity.errors import InputError
 from tl_entity.models.checkpoint import Checkpoint
 from tl_entity.models.files import reason
+from tl_entity.models.gguf_header import MOST_ITEMS as MOST_ITEMS
+from tl_entity.models.gguf_header import PLAIN as PLAIN
+from tl_entity.models.gguf_header import Header as Header
+from tl_entity.models.gguf_header import Stored as Stored
+from tl_entity.models.gguf_header import mapped_file
+from tl_entity.models.gguf_header import read_header as read_header
 from tl_entity.models.tokenizers import read_tokenizer
 
 DECODED_BYTES = 2**22
 """About how many bytes of float32 are decoded at a time."""
 
-MOST_ITEMS = 2**21
-"""Values and items of lists in a header; a vocabulary with its merges has half a million."""
-
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_FLOAT32, _STRING, _ARRAY = 6, 8, 9
-
-_PLAIN = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-    GGMLQuantizationType.F64: torch.float64,
-}
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -83,46 +63,17 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in the file: shape as in torch, offset from the file's start."""
-
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Header:
-    file: Path
-    values: dict[str, Any]
-    tensors: dict[str, _Stored]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.values.get("general.architecture"))
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.values.get(f"{self.architecture}.{name}", default)
-
-    def need(self, name: str) -> Any:
-        value = self.get(name)
-        if value is None:
-            raise InputError(f"{self.file} lacks the value {self.architecture}.{name}.")
-        return value
-
-
 def gguf_checkpoint(file: Path) -> Checkpoint:
     """A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model, quantised or not.
 
     Raises:
         InputError: if the file is damaged, or says what can't be represented.
     """
-    header = _read_header(file)
+    header = read_header(file)
     config = _config(header)
 
     def tensors() -> Iterator[tuple[str, str, Tensor]]:
-        mapped = _mapped(file)
+        mapped = mapped_file(file)
         for name, stored in header.tensors.items():
             if name == _ROPE_FACTORS:
                 continue
@@ -138,10 +89,10 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: if the file is damaged or has none.
     """
-    return _tokenizer(_read_header(file))
+    return _tokenizer(read_header(file))
 
 
-def _tokenizer(header: _Header) -> PreTrainedTokenizerBase:
+def _tokenizer(header: Header) -> PreTrainedTokenizerBase:
     """The tokenizer beside the file if it is the same vocabulary, or else the one inside it.
 
     One beside it is the original; a GGUF file describes how text is split by a mere name.
@@ -166,7 +117,7 @@ def _tokenizer(header: _Header) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _same_vocabulary(tokenizer: PreTrainedTokenizerBase, header: _Header) -> bool:
+def _same_vocabulary(tokenizer: PreTrainedTokenizerBase, header: Header) -> bool:
     tokens = header.values.get("tokenizer.ggml.tokens") or []
     vocabulary = tokenizer.get_vocab()
     # Places that fill the embedding up have no token in the original.
@@ -175,7 +126,7 @@ def _same_vocabulary(tokenizer: PreTrainedTokenizerBase, header: _Header) -> boo
     )
 
 
-def _config(header: _Header) -> PretrainedConfig:
+def _config(header: Header) -> PretrainedConfig:
     file = header.file
     if header.get("expert_count"):
         raise InputError(f"{file} can't be represented: its MLPs are experts.")
@@ -236,7 +187,7 @@ def _config(header: _Header) -> PretrainedConfig:
     return config
 
 
-def _rope(header: _Header) -> dict[str, Any]:
+def _rope(header: Header) -> dict[str, Any]:
     base = {"rope_theta": header.get("rope.freq_base", 10000.0)}
     kind = header.get("rope.scaling.type", "none")
     factor = header.get("rope.scaling.factor", header.get("rope.scale_linear"))
@@ -270,7 +221,7 @@ def _rope(header: _Header) -> dict[str, Any]:
     )
 
 
-def _llama3(header: _Header) -> dict[str, Any]:
+def _llama3(header: Header) -> dict[str, Any]:
     """The settings behind the factors by which a file divides its rotary frequencies.
 
     The file holds the factors alone; the largest is the settings' factor, and the others are those
@@ -286,12 +237,12 @@ def _llama3(header: _Header) -> dict[str, Any]:
     }
 
 
-def _rope_factors(header: _Header) -> Tensor:
+def _rope_factors(header: Header) -> Tensor:
     stored = header.tensors[_ROPE_FACTORS]
-    return _read_tensor(header.file, _ROPE_FACTORS, stored, _mapped(header.file)).float()
+    return _read_tensor(header.file, _ROPE_FACTORS, stored, mapped_file(header.file)).float()
 
 
-def _check_rope_factors(header: _Header, config: PretrainedConfig) -> None:
+def _check_rope_factors(header: Header, config: PretrainedConfig) -> None:
     if _ROPE_FACTORS not in header.tensors:
         return
     found = _rope_factors(header)
@@ -315,7 +266,7 @@ def _hugging_face_name(name: str) -> str:
     return name
 
 
-def _in_hugging_face_order(name: str, tensor: Tensor, header: _Header) -> Tensor:
+def _in_hugging_face_order(name: str, tensor: Tensor, header: Header) -> Tensor:
     """Files of architecture llama rotate neighbours: their query and key rows come in pairs."""
     if header.architecture != "llama" or not (".attn_q." in name or ".attn_k." in name):
         return tensor
@@ -326,7 +277,7 @@ def _in_hugging_face_order(name: str, tensor: Tensor, header: _Header) -> Tensor
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _read_tensor(file: Path, name: str, stored: _Stored, mapped: np.ndarray) -> Tensor:
+def _read_tensor(file: Path, name: str, stored: Stored, mapped: np.ndarray) -> Tensor:
     block, block_bytes = GGML_QUANT_SIZES[stored.kind]
     count = math.prod(stored.shape)
     row = stored.shape[-1] if stored.shape else 1
@@ -334,8 +285,8 @@ def _read_tensor(file: Path, name: str, stored: _Stored, mapped: np.ndarray) -> 
     if row % block or stored.offset + n_bytes > len(mapped):
         raise InputError(f"{file} is damaged: {name} does not fit into the file.")
     data = mapped[stored.offset : stored.offset + n_bytes]
-    if stored.kind in _PLAIN:
-        return torch.from_numpy(data).view(_PLAIN[stored.kind]).reshape(stored.shape)
+    if stored.kind in PLAIN:
+        return torch.from_numpy(data).view(PLAIN[stored.kind]).reshape(stored.shape)
     values = torch.empty(stored.shape)
     out, blocks = values.view(-1, block), data.reshape(-1, block_bytes)
     step = max(1, DECODED_BYTES // (4 * block))
@@ -348,108 +299,3 @@ def _read_tensor(file: Path, name: str, stored: _Stored, mapped: np.ndarray) -> 
         kind = stored.kind.name
         raise InputError(f"{file}: {name} is stored as {kind}, which is not supported.") from None
     return values
-
-
-def _mapped(file: Path) -> np.ndarray:
-    """The file's bytes; a change to them stays in memory."""
-    # As a plain array: slices of a memmap cost far more.
-    return np.memmap(file, mode="c").view(np.ndarray)
-
-
-def _read_header(file: Path) -> _Header:
-    if not file.is_file():
-        raise InputError(f"There is no GGUF file {file}.")
-    try:
-        return _Parser(file).header()
-    except InputError:
-        raise
-    except (struct.error, ValueError, LookupError, OverflowError, MemoryError) as error:
-        raise InputError(f"{file} is damaged or no GGUF file: {reason(error)}.") from None
-    except RecursionError:
-        raise InputError(f"{file} is damaged: lists in lists run too deep.") from None
-    except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror or error}.") from None
-
-
-class _Parser:
-    """Reads a header from front to back."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        mapped: Any = _mapped(file)
-        self.data = memoryview(mapped)
-        self.at = 0
-        self.items_left = MOST_ITEMS
-
-    def header(self) -> _Header:
-        if bytes(self.data[:4]) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        self.at = 4
-        version = self.number("I")
-        if version not in (2, 3):
-            raise ValueError(f"it is of version {version}, and 2 and 3 are read")
-        n_tensors, n_values = self.number("Q"), self.number("Q")
-        self.spend(n_tensors + n_values)
-        values = {}
-        for _ in range(n_values):
-            name = self.string()
-            values[name] = self.value(self.number("I"))
-        found = {}
-        for _ in range(n_tensors):
-            name = self.string()
-            n_axes = self.number("I")
-            if not name.isprintable() or n_axes > 4 or name in found:
-                raise ValueError(f"its tensor {len(found) + 1} is none, or is there twice")
-            shape = tuple(self.number("Q") for _ in range(n_axes))[::-1]
-            found[name] = shape, GGMLQuantizationType(self.number("I")), self.number("Q")
-        alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
-            raise ValueError(f"its alignment is {alignment!r}")
-        start = -(-self.at // alignment) * alignment
-        tensors = {}
-        for name, (shape, kind, offset) in found.items():
-            if offset % 8:
-                raise ValueError(f"the tensor {name} lies at an odd place")
-            tensors[name] = _Stored(shape, kind, start + offset)
-        return _Header(self.file, values, tensors)
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self.data, self.at)
-        self.at += struct.calcsize(f"<{code}")
-        return value
-
-    def numbers(self, code: str, length: int) -> list[Any]:
-        found = np.frombuffer(self.data, f"<{code}", length, self.at)
-        self.at += found.nbytes
-        return found.tolist()
-
-    def spend(self, items: int) -> None:
-        """Count what is read one by one, so that no file keeps the reader for minutes."""
-        self.items_left -= items
-        if self.items_left < 0:
-            raise ValueError(f"its header has more than {MOST_ITEMS} values")
-
-    def string(self) -> str:
-        length = self.number("Q")
-        if length > len(self.data) - self.at:
-            raise ValueError("a text runs beyond its end")
-        text = bytes(self.data[self.at : self.at + length])
-        self.at += length
-        return text.decode("utf-8", errors="replace")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            item, length = self.number("I"), self.number("Q")
-            if length > len(self.data) - self.at:
-                raise ValueError("a list runs beyond its end")
-            self.spend(length)
-            if item in _SCALARS:
-                return self.numbers(_SCALARS[item], length)
-            return [self.value(item) for _ in range(length)]
-        if kind not in _SCALARS:
-            raise ValueError(f"a value is of the unknown kind {kind}")
-        number = self.number(_SCALARS[kind])
-        # 1e-5 was written as the nearest float32; its shortest spelling is what was meant.
-        return float(str(np.float32(number))) if kind == _FLOAT32 else number

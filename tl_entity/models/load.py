@@ -2,23 +2,25 @@
 with the same numbers."""
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities.multi_gpu import get_device_for_block_index
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.devices import check_device
 from tl_entity.errors import InputError
 from tl_entity.models.adapter import Adapter, adapted_config
 from tl_entity.models.adapter_files import read_adapter
+from tl_entity.models.assembling import copy_rotary_tables as copy_rotary_tables
+from tl_entity.models.assembling import empty as empty
+from tl_entity.models.assembling import folded as folded
+from tl_entity.models.assembling import place_buffers as place_buffers
+from tl_entity.models.assembling import share_buffers as share_buffers
 from tl_entity.models.bridge import bridge
 from tl_entity.models.checkpoint import Checkpoint, folder_checkpoint, memory_checkpoint
 from tl_entity.models.config import check_config, hooked_config
@@ -33,8 +35,6 @@ from tl_entity.models.tokenizers import (
 )
 from tl_entity.models.weights import (
     building,
-    empty_weights,
-    install_folded,
     install_weights,
     share_weights,
 )
@@ -199,11 +199,11 @@ def load_model(
     with building:
         if cfg is None:
             return bridge(checkpoint, merged, own, dtype=number, device=place)
-        model = _empty(cfg)
+        model = empty(cfg)
         install_weights(model, checkpoint, merged)
-        _place_buffers(model)
-        _copy_rotary_tables(model, checkpoint.config)
-        return _finished(_folded(model) if fold_norms else model, own)
+        place_buffers(model)
+        copy_rotary_tables(model, checkpoint.config)
+        return _finished(folded(model) if fold_norms else model, own)
 
 
 @checked
@@ -298,9 +298,9 @@ def _adapted(
     cfg.d_vocab = adapter.d_vocab(cfg.d_vocab)
     # Left out, TransformerLens makes it the other's.
     cfg.d_vocab_out = cfg.d_vocab
-    other = _empty(cfg)
+    other = empty(cfg)
     share_weights(other, model, adapter)
-    _share_buffers(other, model)
+    share_buffers(other, model)
     return _finished(other, tokenizer)
 
 
@@ -316,24 +316,6 @@ def _check_foldable(backend: str, dtype: torch.dtype) -> None:
             f"In {name} the products that fold_norms=True makes would be rounded, and the logits "
             "be others; load the model in float32 or float64."
         )
-
-
-def _folded(model: HookedTransformer) -> HookedTransformer:
-    """The same model with the weights of its norms in the matrices that read them."""
-    cfg = copy.deepcopy(model.cfg)
-    cfg.normalization_type = "RMSPre"
-    other = _empty(cfg)
-    install_folded(other, model)
-    _share_buffers(other, model)
-    return other
-
-
-def _share_buffers(model: HookedTransformer, source: HookedTransformer) -> None:
-    _place_buffers(model)
-    for block, original in zip(model.blocks, source.blocks, strict=True):
-        here: Any = block.attn
-        there: Any = original.attn
-        here.rotary_cos, here.rotary_sin = there.rotary_cos, there.rotary_sin
 
 
 def find_checkpoint(
@@ -390,18 +372,6 @@ def usable_device(device: str | torch.device | None, n_devices: int) -> str:
     return str(device)
 
 
-def _empty(cfg: HookedTransformerConfig) -> HookedTransformer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with empty_weights():
-            return HookedTransformer(cfg, move_to_device=False)
-
-
-def _place_buffers(model: HookedTransformer) -> None:
-    for layer, block in enumerate(model.blocks):
-        block.to(get_device_for_block_index(layer, model.cfg))
-
-
 def _finished(
     model: HookedTransformer, tokenizer: PreTrainedTokenizerBase | None
 ) -> HookedTransformer:
@@ -412,23 +382,3 @@ def _finished(
         model.cfg.tokenizer_prepends_bos = prepends_bos(tokenizer)
         model.cfg.default_prepend_bos = model.cfg.tokenizer_prepends_bos
     return model
-
-
-def _copy_rotary_tables(model: HookedTransformer, config: PretrainedConfig) -> None:
-    """Take cos and sin from transformers: angles computed otherwise drift in long prompts.
-
-    All layers of a device share one pair of tables, for all of `n_ctx`: TransformerLens would
-    compute its own from the first position beyond.
-    """
-    # It reads only sizes and rope settings, which all families supported here share.
-    settings: Any = config
-    rotary = LlamaRotaryEmbedding(config=settings)
-    # Angles are float32 in any dtype, as in Hugging Face's own forward.
-    tables = rotary(torch.empty(0), torch.arange(model.cfg.n_ctx)[None])
-    cos, sin = (table[0].to(model.cfg.dtype) for table in tables)
-    for layer, block in enumerate(model.blocks):
-        device = get_device_for_block_index(layer, model.cfg)
-        cos, sin = cos.to(device), sin.to(device)
-        attn: Any = block.attn
-        attn.rotary_cos = cos
-        attn.rotary_sin = sin
