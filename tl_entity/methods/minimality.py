@@ -270,13 +270,7 @@ def minimality(
     heads = tuple(
         _judged(found, name, head, ranked, threshold) for (name, head), ranked in choices.items()
     )
-    kept = {(judged.group, judged.head) for judged in heads if judged.kept}
-    minimal = Circuit(
-        tuple(
-            group._replace(heads=tuple(head for head in group.heads if (group.name, head) in kept))
-            for group in circuit
-        )
-    )
+    minimal = _kept(circuit, heads)
     (of_minimal,) = evaluate_all([minimal], [{}])
     return Minimality(
         circuit=circuit,
@@ -289,6 +283,17 @@ def minimality(
         largest_share=largest_share,
         seed=seed,
         ablation=ablated.kind,
+    )
+
+
+def _kept(circuit: Circuit, judged: Sequence[HeadMinimality]) -> Circuit:
+    """The circuit of those heads that are needed."""
+    kept = {(head.group, head.head) for head in judged if head.kept}
+    return Circuit(
+        tuple(
+            group._replace(heads=tuple(head for head in group.heads if (group.name, head) in kept))
+            for group in circuit
+        )
     )
 
 

@@ -68,65 +68,9 @@ def circuit_diagram(
         ends = [places.get(edge.source), answer if edge.target is None else places.get(edge.target)]
         if None in ends:
             raise InputError(f"An edge joins {edge.source} and {edge.target}; one is not there.")
-        (x0, y0), (x1, y1) = ((end or answer) for end in ends)
-        figure.add_annotation(
-            x=x1,
-            y=y1,
-            ax=x0,
-            ay=y0,
-            xref="x",
-            yref="y",
-            axref="x",
-            ayref="y",
-            showarrow=True,
-            arrowhead=2,
-            arrowwidth=1.5,
-            arrowcolor=FAINT,
-            standoff=16,
-            startstandoff=16,
-            text="",
-        )
-        figure.add_annotation(
-            x=(x0 + x1) / 2,
-            y=(y0 + y1) / 2,
-            text=edge.into,
-            showarrow=False,
-            # Beside an upright arrow: on it, the label of the group below would cover it.
-            xanchor="left" if x0 == x1 else "center",
-            xshift=4 if x0 == x1 else 0,
-            bgcolor="white",
-            font={"size": 12, "color": INK},
-        )
+        _draw_edge(figure, edge.into, ends[0] or answer, ends[1] or answer)
     for node, colour in zip(nodes, [*SERIES_COLOURS] * len(nodes), strict=False):
-        x, y = places[node.name]
-        figure.add_shape(
-            type="line", x0=x, x1=x, y0=-0.6, y1=y, line={"color": colour, "dash": "dot"}
-        )
-        named = " ".join(map(str, node.heads[:MOST_HEADS_NAMED])) or "no heads"
-        if len(node.heads) > MOST_HEADS_NAMED:
-            named += f" and {len(node.heads) - MOST_HEADS_NAMED} more"
-        figure.add_scatter(
-            x=[x],
-            y=[y],
-            mode="markers",
-            name=node.name,
-            marker={"size": 18, "color": colour, "line": {"color": "white", "width": 2}},
-            hovertemplate=f"{node.name}<br>{' '.join(map(str, node.heads))}<extra></extra>",
-            showlegend=False,
-        )
-        figure.add_annotation(
-            x=x,
-            y=y,
-            text=f"<b>{node.name}</b><br>{named}" + (node.carries and f"<br><i>{node.carries}</i>"),
-            showarrow=False,
-            align="right",
-            xanchor="right",
-            yanchor="bottom",
-            xshift=-10,
-            yshift=6,
-            bgcolor="white",
-            font={"size": 12, "color": INK},
-        )
+        _draw_node(figure, node, places[node.name], colour)
     figure.add_scatter(
         x=[answer[0]],
         y=[answer[1]],
@@ -156,6 +100,72 @@ def circuit_diagram(
         tickvals=list(range(0, highest + 1, max(1, round(top / 8)))),
     )
     return figure
+
+
+def _draw_edge(
+    figure: go.Figure, into: str, start: tuple[float, float], end: tuple[float, float]
+) -> None:
+    """An arrow, and which input it leads into."""
+    (x0, y0), (x1, y1) = start, end
+    figure.add_annotation(
+        x=x1,
+        y=y1,
+        ax=x0,
+        ay=y0,
+        xref="x",
+        yref="y",
+        axref="x",
+        ayref="y",
+        showarrow=True,
+        arrowhead=2,
+        arrowwidth=1.5,
+        arrowcolor=FAINT,
+        standoff=16,
+        startstandoff=16,
+        text="",
+    )
+    figure.add_annotation(
+        x=(x0 + x1) / 2,
+        y=(y0 + y1) / 2,
+        text=into,
+        showarrow=False,
+        # Beside an upright arrow: on it, the label of the group below would cover it.
+        xanchor="left" if x0 == x1 else "center",
+        xshift=4 if x0 == x1 else 0,
+        bgcolor="white",
+        font={"size": 12, "color": INK},
+    )
+
+
+def _draw_node(figure: go.Figure, node: Node, at: tuple[float, float], colour: str) -> None:
+    """A group above its token, with its heads."""
+    x, y = at
+    figure.add_shape(type="line", x0=x, x1=x, y0=-0.6, y1=y, line={"color": colour, "dash": "dot"})
+    named = " ".join(map(str, node.heads[:MOST_HEADS_NAMED])) or "no heads"
+    if len(node.heads) > MOST_HEADS_NAMED:
+        named += f" and {len(node.heads) - MOST_HEADS_NAMED} more"
+    figure.add_scatter(
+        x=[x],
+        y=[y],
+        mode="markers",
+        name=node.name,
+        marker={"size": 18, "color": colour, "line": {"color": "white", "width": 2}},
+        hovertemplate=f"{node.name}<br>{' '.join(map(str, node.heads))}<extra></extra>",
+        showlegend=False,
+    )
+    figure.add_annotation(
+        x=x,
+        y=y,
+        text=f"<b>{node.name}</b><br>{named}" + (node.carries and f"<br><i>{node.carries}</i>"),
+        showarrow=False,
+        align="right",
+        xanchor="right",
+        yanchor="bottom",
+        xshift=-10,
+        yshift=6,
+        bgcolor="white",
+        font={"size": 12, "color": INK},
+    )
 
 
 def _height(node: Node) -> float:

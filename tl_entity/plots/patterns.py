@@ -75,6 +75,23 @@ def attention_patterns(
                 row=i + 1,
                 col=j + 1,
             )
+    _name_tokens(figure, tokens, positions)
+    figure.update_layout(
+        template=STYLE,
+        title_text=title,
+        height=90 + 400 * max(1, len(rows)),
+        margin={"l": 60, "r": 20, "t": 80, "b": 50},
+        plot_bgcolor="#f3f4f6",
+    )
+    figure.update_annotations(font={"size": 13, "color": INK})
+    if n > MOST_WORDS:  # named tokens may stand close together
+        figure.update_xaxes(tickfont_size=11).update_yaxes(tickfont_size=11)
+    return figure
+
+
+def _name_tokens(figure: go.Figure, tokens: Sequence[str], positions: Mapping[str, int]) -> None:
+    """Words along both axes, and lines at the named positions."""
+    n = len(tokens)
     names: dict[int, list[str]] = {}
     for name, at in positions.items():
         names.setdefault(at, []).append(name)
@@ -99,14 +116,3 @@ def attention_patterns(
         tickvals=list(shown), ticktext=labels, showgrid=False, range=[n - 0.5, -0.5]
     )
     figure.update_yaxes(ticktext=said, col=1)
-    figure.update_layout(
-        template=STYLE,
-        title_text=title,
-        height=90 + 400 * max(1, len(rows)),
-        margin={"l": 60, "r": 20, "t": 80, "b": 50},
-        plot_bgcolor="#f3f4f6",
-    )
-    figure.update_annotations(font={"size": 13, "color": INK})
-    if n > MOST_WORDS:  # named tokens may stand close together
-        figure.update_xaxes(tickfont_size=11).update_yaxes(tickfont_size=11)
-    return figure
