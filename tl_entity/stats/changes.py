@@ -1,0 +1,248 @@
+"""How much of what one model does is done by other parts in another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Float, Float64, Int
+
+from tl_entity._typing import checked
+from tl_entity.stats.intervals import Z_95, Interval
+
+RATIO = 3.0
+"""A part counts as changed as far as its share is more than so many times the other model's."""
+
+FLOOR = 0.1
+"""A group that does less than this of what it does in the other model is taken to be unused, and
+shares within it are of this much."""
+
+DRAWS = 1000
+"""Bootstrap samples."""
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """What changed within one group of parts.
+
+    Attributes:
+        name: of the group.
+        weight: its share of all effects, the mean over the two models.
+        lost: how much of it the first model's parts do that do far less of it in the second.
+        new: the same of the second model's parts.
+        lost_interval: of it, all groups and both sides held to 95 % together (Bonferroni).
+        new_interval: the same.
+    """
+
+    name: str
+    weight: float
+    lost: float
+    new: float
+    lost_interval: Interval
+    new_interval: Interval
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What changed over all groups of parts.
+
+    Attributes:
+        n: prompts that the intervals are from.
+        lost: share of the first model's effects by parts that do far less in the second.
+        new: share of the second model's effects by parts that do far less in the first.
+        lost_interval: 95 % interval.
+        new_interval: 95 % interval.
+        difference: `lost` and `new`, whichever is larger, on one half of the prompts less on the
+            other.
+        difference_interval: 95 % interval.
+        groups: the same within each group.
+    """
+
+    n: int
+    lost: float
+    new: float
+    lost_interval: Interval
+    new_interval: Interval
+    difference: float
+    difference_interval: Interval
+    groups: tuple[GroupChange, ...]
+
+
+@checked
+def compare_effects(
+    base: Float[np.ndarray, "batch part"],
+    tuned: Float[np.ndarray, "batch part"],
+    groups: Int[np.ndarray, " part"],
+    names: Sequence[str],
+    *,
+    fold: Int[np.ndarray, " batch"] | None = None,
+    considered: Sequence[Int[np.ndarray, " some"]] | None = None,
+    seed: int = 0,
+) -> Changes:
+    """How much of two models' effects lies in parts that do far more in one than in the other.
+
+    Within its group each part has a share of all effects, whatever their sign; a part counts as
+    lost as far as its share in the first model is more than `RATIO` times that in the second, and
+    as new the other way round. So a model that does the same by the same parts, only more or less
+    of it, has lost nothing.
+
+    The size of a mean over prompts, and the larger of zero and a difference, are too large wherever
+    there is noise. So one fold of the prompts says which sign each effect has and which parts
+    count, and the other fold how much it is; then the other way round, and the mean is taken.
+    Intervals are bootstrap intervals over prompts, which the models share.
+
+    Args:
+        base: effects of each part on each prompt in the first model.
+        tuned: in the second, on the same prompts.
+        groups: which group each part is of, counted from 0.
+        names: of the groups.
+        fold: for each prompt 0 or 1; the parts that count are then others in each fold.
+        considered: for each fold the parts that count there, chosen by the prompts of the other
+            fold; all if left out.
+        seed: of the bootstrap.
+    """
+    n, n_groups = len(base), len(names)
+    fold = np.arange(n) % 2 if fold is None else fold
+    chosen = [np.arange(base.shape[1])] * 2 if considered is None else list(considered)
+    generator = np.random.default_rng([seed, 11])
+    weights = np.concatenate([_fold_counts(fold), _resampled(fold, generator)], 1)
+    parts: list[np.ndarray] = []
+    for k, some in enumerate(chosen):
+        one, other = base[:, some], tuned[:, some]
+        guide = [weights[1 - k] @ effects for effects in (one, other)]
+        seen = [
+            weights[k] @ effects * np.sign(of_other)
+            for effects, of_other in zip((one, other), guide, strict=True)
+        ]
+        of_group = np.zeros((len(some), n_groups))
+        of_group[np.arange(len(some)), groups[some]] = 1
+        counted = [excess > 0 for excess in _excess([np.abs(g) for g in guide], of_group)[1]]
+        parts.append(_lost_and_new(seen, of_group, counted))
+    both = np.stack(parts).mean(0)
+    seen, again = both[0], both[1:]
+    spread = again.std(0, ddof=1)
+    apart = [part[:, -2:].max(1) for part in parts]
+    difference = apart[0] - apart[1]
+    z = NormalDist().inv_cdf(1 - 0.025 / (2 * n_groups))
+    found = tuple(
+        GroupChange(
+            name=name,
+            weight=float(seen[3 * i]),
+            lost=float(seen[3 * i + 1]),
+            new=float(seen[3 * i + 2]),
+            lost_interval=_within(seen[3 * i + 1], z * spread[3 * i + 1]),
+            new_interval=_within(seen[3 * i + 2], z * spread[3 * i + 2]),
+        )
+        for i, name in enumerate(names)
+    )
+    return Changes(
+        n=n,
+        lost=float(seen[-2]),
+        new=float(seen[-1]),
+        lost_interval=_within(seen[-2], Z_95 * spread[-2]),
+        new_interval=_within(seen[-1], Z_95 * spread[-1]),
+        difference=float(difference[0]),
+        difference_interval=_within(difference[0], Z_95 * difference[1:].std(ddof=1), -1.0),
+        groups=found,
+    )
+
+
+def _fold_counts(fold: np.ndarray) -> Float64[np.ndarray, "2 1 batch"]:
+    """Weights by which each fold's mean is taken."""
+    return np.stack([(fold == k) / max(1, (fold == k).sum()) for k in (0, 1)])[:, None]
+
+
+def _resampled(
+    fold: np.ndarray, generator: np.random.Generator
+) -> Float64[np.ndarray, "2 draw batch"]:
+    """Weights of bootstrap samples, drawn within each fold."""
+    weights = np.zeros((2, DRAWS, len(fold)))
+    for k in (0, 1):
+        rows = (fold == k).nonzero()[0]
+        if len(rows):
+            counts = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
+            weights[k][:, rows] = counts / len(rows)
+    return weights
+
+
+def _excess(
+    sizes: Sequence[Float64[np.ndarray, "draw part"]], of_group: Float64[np.ndarray, "part group"]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Each group's weight in either model; and by how much each part's share of its group is more
+    than `RATIO` times that in the other model."""
+    totals = [size.sum(1, keepdims=True) for size in sizes]
+    sizes = [size / np.where(total > 0, total, np.inf) for size, total in zip(sizes, totals, strict=True)]
+    weights = [np.maximum(0, size @ of_group) for size in sizes]
+    floors = [np.maximum(weights[i], FLOOR * weights[1 - i]) @ of_group.T for i in (0, 1)]
+    shares = [
+        size / np.where(floor > 0, floor, np.inf) for size, floor in zip(sizes, floors, strict=True)
+    ]
+    return weights, [shares[i] - RATIO * shares[1 - i] for i in (0, 1)]
+
+
+def _lost_and_new(
+    sizes: Sequence[Float64[np.ndarray, "draw part"]],
+    of_group: Float64[np.ndarray, "part group"],
+    counted: Sequence[np.ndarray],
+) -> Float64[np.ndarray, "draw column"]:
+    """For each group its weight, what is lost and what is new; then both of all groups. The parts
+    that count as lost and as new are given."""
+    weights, excess = _excess(sizes, of_group)
+    columns = np.zeros((len(sizes[0]), 3 * of_group.shape[1] + 2))
+    columns[:, 0:-2:3] = (weights[0] + weights[1]) / 2
+    for i in (0, 1):
+        changed = np.clip(excess[i] * counted[i] @ of_group, 0, 1)
+        columns[:, 1 + i : -2 : 3] = changed
+        columns[:, i - 2] = (changed * weights[i]).sum(1)
+    return columns
+
+
+def _within(seen: float, half: float, least: float = 0.0) -> Interval:
+    return Interval(max(least, float(seen - half)), min(1.0, float(seen + half)))
+
+
+@checked
+def kept_by_chance(
+    base: Float[np.ndarray, "layer role head"],
+    tuned: Float[np.ndarray, "layer role head"],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    within_layers: bool = True,
+) -> tuple[float, float, float]:
+    """What two models' effects have in common, beside what they would if the heads of one stood
+    elsewhere.
+
+    In common is the sum over nodes of the smaller of both shares. By chance, the heads of each
+    layer change places, each with all that it does at any role: where in depth and at which roles
+    the work is done is no sign of a common mechanism.
+
+    Args:
+        base: mean effects of each node in the first model.
+        tuned: in the second.
+        draws: how often heads change places.
+        seed: of the draws.
+        within_layers: False lets heads change places with those of other layers too, which takes
+            what all mechanisms of a task have in common for a sign of the same one.
+
+    Returns:
+        What is in common, what is by chance in the mean, and the p-value: how probable it is by
+        chance to have this much or more in common.
+    """
+    generator = np.random.default_rng([seed, 12])
+    ours, theirs = (np.abs(x) / max(np.abs(x).sum(), 1e-300) for x in (base, tuned))
+    seen = float(np.minimum(ours, theirs).sum())
+    n_layers, _, n_heads = base.shape
+    drawn = np.empty(draws)
+    for i in range(draws):
+        if within_layers:
+            order = generator.permuted(np.tile(np.arange(n_heads), (n_layers, 1)), axis=1)
+            moved = np.take_along_axis(theirs, order[:, None, :], 2)
+        else:
+            flat = theirs.transpose(0, 2, 1).reshape(n_layers * n_heads, -1)
+            moved = flat[generator.permutation(len(flat))]
+            moved = moved.reshape(n_layers, n_heads, -1).transpose(0, 2, 1)
+        drawn[i] = np.minimum(ours, moved).sum()
+    # The pair itself is one of the ways that heads can stand.
+    reached = int((drawn >= seen - 1e-12).sum())
+    return seen, float(drawn.mean()), (reached + 1) / (draws + 1)
