@@ -6,6 +6,14 @@ from tl_entity.stats.chance import (
     overlap_by_chance,
     overlap_of_choices,
 )
+from tl_entity.stats.changes import (
+    Changes,
+    GroupChange,
+    adjusted_p_values,
+    compare_effects,
+    kept_by_chance,
+    share_changes,
+)
 from tl_entity.stats.intervals import (
     NO_INTERVAL,
     Z_95,
@@ -27,8 +35,13 @@ __all__ = [
     "NO_INTERVAL",
     "Z_95",
     "Chance",
+    "Changes",
+    "GroupChange",
     "Interval",
+    "adjusted_p_values",
     "average_ranks",
+    "compare_effects",
+    "kept_by_chance",
     "layered_overlap_by_chance",
     "mean_intervals",
     "overlap_by_chance",
@@ -40,6 +53,7 @@ __all__ = [
     "paired_ratio_intervals",
     "paired_share",
     "paired_share_interval",
+    "share_changes",
     "share_scores",
     "spearman",
     "wilson_interval",

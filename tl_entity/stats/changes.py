@@ -76,7 +76,7 @@ def compare_effects(
     names: Sequence[str],
     *,
     fold: Int[np.ndarray, " batch"] | None = None,
-    considered: Sequence[Int[np.ndarray, " some"]] | None = None,
+    considered: Sequence[np.ndarray] | None = None,
     seed: int = 0,
 ) -> Changes:
     """How much of two models' effects lies in parts that do far more in one than in the other.
@@ -246,3 +246,39 @@ def kept_by_chance(
     # The pair itself is one of the ways that heads can stand.
     reached = int((drawn >= seen - 1e-12).sum())
     return seen, float(drawn.mean()), (reached + 1) / (draws + 1)
+
+
+@checked
+def share_changes(
+    base: Float[np.ndarray, "batch part"], tuned: Float[np.ndarray, "batch part"]
+) -> tuple[Float64[np.ndarray, " part"], Float64[np.ndarray, " part"], Float64[np.ndarray, " part"]]:
+    """Each part's share of all effects in either model, and the p-value that it is no more than
+    `RATIO` times as much in one as in the other: two-sided, by the normal distribution of its
+    excess over prompts."""
+    means = [effects.mean(0) for effects in (base, tuned)]
+    totals = [max(float(np.abs(mean).sum()), 1e-300) for mean in means]
+    signed = [
+        effects * np.sign(mean) / total
+        for effects, mean, total in zip((base, tuned), means, totals, strict=True)
+    ]
+    shares = [part.mean(0) for part in signed]
+    lowest = np.ones(base.shape[1])
+    for i in (0, 1):
+        excess = signed[i] - RATIO * signed[1 - i]
+        error = excess.std(0, ddof=1) / np.sqrt(len(excess))
+        z = np.divide(excess.mean(0), error, out=np.zeros_like(lowest), where=error > 0)
+        p = np.array([2 * NormalDist().cdf(-max(0.0, float(each))) for each in z])
+        lowest = np.minimum(lowest, p)
+    return shares[0], shares[1], np.minimum(1.0, lowest)
+
+
+@checked
+def adjusted_p_values(p_values: Float[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """Benjamini and Hochberg's adjusted p-values (1995, Journal of the Royal Statistical Society B
+    57, 289-300): those at or below .05 are at most one in twenty false, in the mean."""
+    n = len(p_values)
+    order = np.argsort(p_values, kind="stable")
+    scaled = p_values[order] * n / np.arange(1, n + 1)
+    adjusted = np.empty(n)
+    adjusted[order] = np.minimum(1.0, np.minimum.accumulate(scaled[::-1])[::-1])
+    return adjusted
