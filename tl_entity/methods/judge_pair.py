@@ -10,7 +10,7 @@ from tl_entity._typing import checked
 from tl_entity.errors import ArgumentError, InputError
 from tl_entity.hooks.ablations import Ablation
 from tl_entity.hooks.cross_model import check_same_architecture
-from tl_entity.methods.ablations import BATCH_SIZE, pooled_ablation
+from tl_entity.methods.ablations import pooled_ablation
 from tl_entity.methods.circuits import Evaluation, evaluate
 from tl_entity.methods.gate_training import GateTraining
 from tl_entity.methods.gated_forward import NodesEvaluation
@@ -40,6 +40,9 @@ QUICK = GateTraining(first_steps=20, steps=10, prompts_per_step=16, prunings=0)
 """A shorter search than `find_mechanism` makes by itself: it finds more nodes, which are as
 faithful."""
 
+PROMPTS_SCORED = 128
+"""Prompts on which nodes are scored, at most."""
+
 TARGET, AGREEMENT = 0.85, 0.8
 """What a mechanism must reach on the prompts that choose its size."""
 
@@ -57,7 +60,7 @@ def judge_pair(
     *,
     others: PromptBatch,
     information: Mapping[str, PairBatch] | None = None,
-    training: GateTraining = QUICK,
+    training: GateTraining | None = QUICK,
     rules: Rules | None = None,
     seed: int = 0,
 ) -> Judgement:
@@ -72,7 +75,7 @@ def judge_pair(
             mechanism is tried on them in the other model.
         information: for each kind of information pairs of a prompt and a counterfactual, from
             `desideratum_pairs` with one seed; without them it is not asked what is carried.
-        training: how mechanisms are searched for.
+        training: how mechanisms are searched for; None to leave it, and not to ask for them.
         rules: what the answers go by; `Rules()` if left out.
         seed: of the search, the twins of edges and the bootstrap.
 
@@ -95,7 +98,7 @@ def measure_pair(
     *,
     others: PromptBatch,
     information: Mapping[str, PairBatch] | None = None,
-    training: GateTraining = QUICK,
+    training: GateTraining | None = QUICK,
     seed: int = 0,
 ) -> PairEvidence:
     """What `judge_pair` goes by, without the answers; arguments and errors are those of it."""
@@ -139,7 +142,7 @@ class _Measuring:
     def worked(self) -> Worked:
         """What each node does in either model."""
         base, tuned = (
-            node_effects(model, self.prompts, ablation, metric=self.metric, batch_size=2 * BATCH_SIZE)
+            node_effects(model, self.prompts[:PROMPTS_SCORED], ablation, metric=self.metric)
             for model, ablation in zip(self.models, self.ablations, strict=True)
         )
         return Worked((base, tuned), self.prompts.role_names)
@@ -154,8 +157,12 @@ class _Measuring:
             raise InputError("No pairs were given that tell kinds of information apart.")
         return compare_information(self.models, worked, pairs, seed=self.seed)
 
-    def mechanisms(self, training: GateTraining) -> dict[str, Alone]:
+    def mechanisms(self, training: GateTraining | None) -> dict[str, Alone]:
         """Each model's mechanism in its own model and in the other."""
+        if training is None:
+            reason = "No mechanism was searched for."
+            self.missing |= {f"{name} mechanism": reason for name in ("base", "tuned")}
+            return {}
         found: list[Mechanism | None] = []
         alone: dict[str, Alone] = {}
         names = ("base", "tuned")
@@ -176,13 +183,13 @@ class _Measuring:
             )
             found.append(mechanism)
             if mechanism is not None:
-                alone[f"{name}_alone"] = _alone(mechanism.found, mechanism.n_all)
+                alone[f"{name}_alone"] = _alone(mechanism.found, mechanism)
         for (name, mechanism), i in zip(zip(names, found, strict=True), (1, 0), strict=True):
             if mechanism is not None:
                 answers = mechanism.evaluate(
                     self.models[i], self.others, ablation=self.ablations[i]
                 )
-                alone[f"{name}_in_{names[i]}"] = _alone(answers, mechanism.n_all)
+                alone[f"{name}_in_{names[i]}"] = _alone(answers, mechanism)
         return alone
 
     def evidence(
@@ -245,13 +252,14 @@ def _share(base: Tensor, tuned: Tensor) -> Share:
     )
 
 
-def _alone(found: NodesEvaluation, n_all: int) -> Alone:
+def _alone(found: NodesEvaluation, mechanism: Mechanism) -> Alone:
     ratio = found.faithfulness
     return Alone(
         n_nodes=found.n_nodes,
-        n_all=n_all,
+        n_all=mechanism.n_all,
         faithfulness=ratio.value,
         faithfulness_interval=ratio.interval,
         agreement=found.agreement,
         agreement_interval=found.agreement_interval,
+        nodes=mechanism.nodes,
     )

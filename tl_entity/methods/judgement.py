@@ -53,17 +53,19 @@ class Rules:
     Attributes:
         no_gain: a gain in accuracy that is surely below this is none.
         faithful: a mechanism must surely keep this share of accuracy and agree as often.
-        changed: lost or new must surely be more than this for nodes to have changed.
-        same: lost and new must surely be less than this for nodes to be the same.
+        changed: lost or new must surely be more than this for nodes, or what is carried, to have
+            changed.
+        same: lost and new must surely be less than this for nodes, inputs, or what is carried, to
+            be the same.
         beyond_chance: below this p-value, what changed nodes have in common is no chance. Then they
             are partly the same, else not.
-        group_weight: inputs and roles with less than this share of all effects are not looked at by
+        group_weight: inputs with less than this share of all effects are not looked at by
             themselves.
-        group_changed: within one input or role lost or new must surely, all looked at together, be
-            more than this for it to have changed.
-        group_same: surely less than this for it to be the same, over all inputs or roles.
-        mostly: lost and new, over all inputs or roles, must surely be more than this for them not
-            to be the same; otherwise they are so in part.
+        group_changed: within one input lost or new must surely, all looked at together, be more
+            than this for it to have changed.
+        group_open: if one input may have changed by more than this, it can't be told.
+        mostly: lost and new, over all inputs, must surely be more than this for them not to be the
+            same; otherwise they are so in part.
         gain_share: of the gain, beyond which it lies mostly there.
         halves: if halves of the prompts surely differ by less than this, they say the same.
     """
@@ -74,8 +76,8 @@ class Rules:
     same: float = 0.25
     beyond_chance: float = 0.05
     group_weight: float = 0.04
-    group_changed: float = 0.15
-    group_same: float = 0.25
+    group_changed: float = 0.2
+    group_open: float = 0.9
     mostly: float = 0.4
     gain_share: float = 0.5
     halves: float = 0.25
@@ -297,18 +299,6 @@ def _named(parts: list[str]) -> str:
     return f", such as {', '.join(parts[:PARTS_NAMED])}{more}"
 
 
-def _edges(evidence: PairEvidence, rules: Rules) -> Answered:
-    if evidence.edges is None:
-        return _unknown(EDGES, evidence.missing["edges"])
-    return _of_groups(EDGES, evidence.edges, rules, "what reaches the nodes")
-
-
-def _information(evidence: PairEvidence, rules: Rules) -> Answered:
-    if evidence.information is None:
-        return _unknown(INFORMATION, evidence.missing["information"])
-    return _of_groups(INFORMATION, evidence.information, rules, "what is carried")
-
-
 def changed_groups(changes: Changes, rules: Rules) -> list[GroupChange]:
     """The groups of enough weight in which surely something changed, the heaviest first."""
     return sorted(
@@ -322,23 +312,52 @@ def changed_groups(changes: Changes, rules: Rules) -> list[GroupChange]:
     )
 
 
-def _of_groups(question: str, changes: Changes, rules: Rules, what: str) -> Answered:
+def _edges(evidence: PairEvidence, rules: Rules) -> Answered:
+    if evidence.edges is None:
+        return _unknown(EDGES, evidence.missing["edges"])
+    changes, changed = evidence.edges, changed_groups(evidence.edges, rules)
+    may_have = [
+        group.name
+        for group in changes.groups
+        if group.weight >= rules.group_weight
+        and max(group.lost_interval.high, group.new_interval.high) > rules.group_open
+    ]
+    most, interval, name = _most(changes)
+    said = f"Of what reaches the nodes, {most:.2f} is from others than in the other model"
+    numbers = (most, interval, name)
+    if min(changes.lost_interval.low, changes.new_interval.low) > rules.mostly:
+        return Answered(EDGES, "no", f"{said}.", *numbers)
+    if changed:
+        which = [group.name for group in changed]
+        return Answered(EDGES, "partly", f"{said}{_named(which)}.", *numbers)
+    highest = max(changes.lost_interval.high, changes.new_interval.high)
+    if highest < rules.same and not may_have:
+        return Answered(EDGES, "yes", f"{said}.", *numbers)
+    reason = f"of what reaches the nodes, anything up to {highest:.2f} may be from others"
+    if may_have and highest < rules.same:
+        reason = f"{may_have[0]} may be from others wholly"
+    return Answered(EDGES, "can't tell", f"It can't be told: {reason}.", *numbers, reason)
+
+
+def _information(evidence: PairEvidence, rules: Rules) -> Answered:
+    changes = evidence.information
+    if changes is None:
+        return _unknown(INFORMATION, evidence.missing["information"])
     most, interval, name = _most(changes)
     numbers = (most, interval, name)
-    changed = changed_groups(changes, rules)
     if min(changes.lost_interval.low, changes.new_interval.low) > rules.mostly:
-        sentence = f"Of {what}, {most:.2f} is from what does hardly any of it in the other model."
-        return Answered(question, "no", sentence, *numbers)
-    if changed:
-        named = _named([group.name for group in changed]).removeprefix(", such as ")
-        sentence = f"It changed at {named}; over all, {most:.2f} of {what}."
-        return Answered(question, "partly", sentence, *numbers)
+        sentence = f"Of what is carried, {most:.2f} is of a kind that the other model hardly carries."
+        return Answered(INFORMATION, "no", sentence, *numbers)
+    if max(changes.lost_interval.low, changes.new_interval.low) > rules.changed:
+        groups = sorted(changes.groups, key=lambda g: -g.weight * max(g.lost, g.new))
+        sentence = f"Another kind is carried at {groups[0].name}; over all, {most:.2f} is other."
+        return Answered(INFORMATION, "partly", sentence, *numbers)
     highest = max(changes.lost_interval.high, changes.new_interval.high)
-    if highest < rules.group_same:
-        sentence = f"Of {what}, {most:.2f} is from what does hardly any of it in the other model."
-        return Answered(question, "yes", sentence, *numbers)
-    reason = f"of {what}, anything up to {highest:.2f} may be other"
-    return Answered(question, "can't tell", f"It can't be told: {reason}.", *numbers, reason)
+    if highest < rules.same:
+        sentence = f"Of what is carried, {most:.2f} is of a kind that the other model hardly carries."
+        return Answered(INFORMATION, "yes", sentence, *numbers)
+    reason = f"of what is carried, anything up to {highest:.2f} may be other"
+    return Answered(INFORMATION, "can't tell", f"It can't be told: {reason}.", *numbers, reason)
 
 
 def _gain(evidence: PairEvidence, rules: Rules) -> Answered:

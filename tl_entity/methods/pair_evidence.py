@@ -40,6 +40,7 @@ class Alone:
         faithfulness_interval: 95 % interval.
         agreement: share of prompts answered as the whole model does.
         agreement_interval: 95 % interval.
+        nodes: which are left.
     """
 
     n_nodes: int
@@ -48,6 +49,7 @@ class Alone:
     faithfulness_interval: Interval
     agreement: float
     agreement_interval: Interval
+    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from tl_entity.stats import (
     Interval,
     adjusted_p_values,
     compare_effects,
+    each_alike,
     kept_by_chance,
     mean_intervals,
     share_changes,
@@ -42,10 +43,10 @@ WORK = 0.8
 PAIRS_TO_CHOOSE = 24
 """Pairs by which the edges that are run are chosen."""
 
-PAIRS_RUN = 64
+PAIRS_RUN = 100
 """Pairs on which edges are run, at most."""
 
-EDGES_RUN = 40
+EDGES_RUN = 24
 """Edges of each model that are run."""
 
 PROMPTS_OF_GAIN = 32
@@ -75,16 +76,15 @@ class Worked:
 
     def nodes_of(self, which: int, share: float = WORK) -> tuple[Node, ...]:
         """The fewest nodes that do this share of the work in one of the models."""
-        mean = self.effects[which].mean(0)
-        _, n_roles, n_heads = mean.shape
+        n_roles, n_heads = self.effects[which].shape[2:]
         return tuple(
             Node(i // (n_roles * n_heads), i % n_heads, self.roles[i // n_heads % n_roles])
-            for i in _fewest(mean.flatten().double().numpy(), share).tolist()
+            for i in _fewest(self.flat(which).mean(0), share).tolist()
         )
 
     def flat(self, which: int) -> Float64[np.ndarray, "batch node"]:
-        """One model's effects, nodes in one row."""
-        return self.effects[which].flatten(1).double().numpy()
+        """One model's effects, nodes in one row, each prompt's as shares of all."""
+        return each_alike(self.effects[which].flatten(1).double().numpy())
 
 
 def _fewest(mean: Float64[np.ndarray, " part"], share: float) -> Int[np.ndarray, " some"]:
@@ -110,7 +110,8 @@ def compare_nodes(worked: Worked, *, seed: int = 0) -> NodesCompared:
         base, tuned, groups, ["all nodes"], fold=fold, considered=chosen, seed=seed
     )
     common, by_chance, p_value = kept_by_chance(
-        *(effects.mean(0).double().numpy() for effects in worked.effects), seed=seed
+        *(mean.reshape(worked.effects[0].shape[1:]) for mean in (base.mean(0), tuned.mean(0))),
+        seed=seed,
     )
     nodes = tuple(dict.fromkeys([*worked.nodes_of(0), *worked.nodes_of(1)]))
     return NodesCompared(changes, common, by_chance, p_value, _changed_nodes(worked, nodes))

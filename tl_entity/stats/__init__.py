@@ -11,6 +11,7 @@ from tl_entity.stats.changes import (
     GroupChange,
     adjusted_p_values,
     compare_effects,
+    each_alike,
     kept_by_chance,
     share_changes,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "adjusted_p_values",
     "average_ranks",
     "compare_effects",
+    "each_alike",
     "kept_by_chance",
     "layered_overlap_by_chance",
     "mean_intervals",

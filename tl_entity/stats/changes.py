@@ -17,6 +17,9 @@ FLOOR = 0.1
 """A group that does less than this of what it does in the other model is taken to be unused, and
 shares within it are of this much."""
 
+HEAVY = 0.04
+"""Groups with less than this share of all effects are not looked at by themselves."""
+
 DRAWS = 1000
 """Bootstrap samples."""
 
@@ -30,7 +33,7 @@ class GroupChange:
         weight: its share of all effects, the mean over the two models.
         lost: how much of it the first model's parts do that do far less of it in the second.
         new: the same of the second model's parts.
-        lost_interval: of it, all groups and both sides held to 95 % together (Bonferroni).
+        lost_interval: of it; those of all heavy groups hold together in 95 % (Bonferroni).
         new_interval: the same.
     """
 
@@ -81,6 +84,9 @@ def compare_effects(
 ) -> Changes:
     """How much of two models' effects lies in parts that do far more in one than in the other.
 
+    Every prompt counts alike: its effects are taken as shares of the sum of their sizes. Otherwise
+    the few prompts that a model is least sure of would decide a mean.
+
     Within its group each part has a share of all effects, whatever their sign; a part counts as
     lost as far as its share in the first model is more than `RATIO` times that in the second, and
     as new the other way round. So a model that does the same by the same parts, only more or less
@@ -101,6 +107,7 @@ def compare_effects(
             fold; all if left out.
         seed: of the bootstrap.
     """
+    base, tuned = (each_alike(effects) for effects in (base, tuned))
     n, n_groups = len(base), len(names)
     fold = np.arange(n) % 2 if fold is None else fold
     chosen = [np.arange(base.shape[1])] * 2 if considered is None else list(considered)
@@ -119,11 +126,13 @@ def compare_effects(
         counted = [excess > 0 for excess in _excess([np.abs(g) for g in guide], of_group)[1]]
         parts.append(_lost_and_new(seen, of_group, counted))
     both = np.stack(parts).mean(0)
+    both[:, :-2] = _within_groups(base, tuned, weights, groups, n_groups)
     seen, again = both[0], both[1:]
     spread = again.std(0, ddof=1)
     apart = [part[:, -2:].max(1) for part in parts]
     difference = apart[0] - apart[1]
-    z = NormalDist().inv_cdf(1 - 0.025 / (2 * n_groups))
+    heavy = max(1, int((seen[:-2:3] >= HEAVY).sum()))
+    z = NormalDist().inv_cdf(1 - 0.025 / (2 * heavy))
     found = tuple(
         GroupChange(
             name=name,
@@ -147,6 +156,13 @@ def compare_effects(
     )
 
 
+@checked
+def each_alike(effects: Float[np.ndarray, "batch part"]) -> Float64[np.ndarray, "batch part"]:
+    """Each prompt's effects as shares of the sum of their sizes."""
+    total = np.abs(effects).sum(1, keepdims=True)
+    return effects / np.where(total > 0, total, 1)
+
+
 def _fold_counts(fold: np.ndarray) -> Float64[np.ndarray, "2 1 batch"]:
     """Weights by which each fold's mean is taken."""
     return np.stack([(fold == k) / max(1, (fold == k).sum()) for k in (0, 1)])[:, None]
@@ -163,6 +179,22 @@ def _resampled(
             counts = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
             weights[k][:, rows] = counts / len(rows)
     return weights
+
+
+def _within_groups(
+    base: Float64[np.ndarray, "batch part"],
+    tuned: Float64[np.ndarray, "batch part"],
+    weights: Float64[np.ndarray, "2 draw batch"],
+    groups: np.ndarray,
+    n_groups: int,
+) -> Float64[np.ndarray, "draw column"]:
+    """Weight, lost and new of each group, by all prompts at once: within a group there are too few
+    parts for noise to add up."""
+    of_group = np.zeros((base.shape[1], n_groups))
+    of_group[np.arange(len(groups)), groups] = 1
+    sizes = [np.abs(weights.mean(0) @ effects) for effects in (base, tuned)]
+    counted = [excess > 0 for excess in _excess(sizes, of_group)[1]]
+    return _lost_and_new(sizes, of_group, counted)[:, :-2]
 
 
 def _excess(
@@ -193,7 +225,7 @@ def _lost_and_new(
     for i in (0, 1):
         changed = np.clip(excess[i] * counted[i] @ of_group, 0, 1)
         columns[:, 1 + i : -2 : 3] = changed
-        columns[:, i - 2] = (changed * weights[i]).sum(1)
+        columns[:, i - 2] = np.clip((changed * weights[i]).sum(1), 0, 1)
     return columns
 
 
@@ -255,6 +287,7 @@ def share_changes(
     """Each part's share of all effects in either model, and the p-value that it is no more than
     `RATIO` times as much in one as in the other: two-sided, by the normal distribution of its
     excess over prompts."""
+    base, tuned = (each_alike(effects) for effects in (base, tuned))
     means = [effects.mean(0) for effects in (base, tuned)]
     totals = [max(float(np.abs(mean).sum()), 1e-300) for mean in means]
     signed = [
