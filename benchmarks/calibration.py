@@ -9,6 +9,7 @@ there is not measured again. The second judges them all and writes tables and a 
 
 import argparse
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tl_entity.tasks.desiderata import MAIN_DESIDERATA
 from tl_entity.training.known_pairs import KINDS, known_pair
 
 N_OTHERS = 100
-N_INFORMATION = 100
+N_INFORMATION = 60
 
 
 def measure(job: tuple[Path, str, int, int, bool]) -> None:
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     with multiprocessing.get_context("spawn").Pool(asked.processes) as pool:
         for done, _ in enumerate(pool.imap_unordered(measure, jobs), start=1):
-            print(f"{done} of {len(jobs)}", flush=True)
+            sys.stderr.write(f"{done} of {len(jobs)}\n")
 
 
 if __name__ == "__main__":

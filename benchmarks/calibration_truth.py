@@ -78,9 +78,7 @@ def fresh_gain(pair: KnownPair) -> dict[str, Any]:
     assert base.values is not None and tuned.values is not None
     ahead = [(found.values > 0).numpy() for found in (tuned, base) if found.values is not None]
     return {
-        "accuracy": tuple(
-            paired_difference_interval(tuned.correct.numpy(), base.correct.numpy())
-        ),
+        "accuracy": tuple(paired_difference_interval(tuned.correct.numpy(), base.correct.numpy())),
         "ability": tuple(paired_difference_interval(*ahead)),
     }
 

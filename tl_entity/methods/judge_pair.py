@@ -104,7 +104,9 @@ def measure_pair(
     """What `judge_pair` goes by, without the answers; arguments and errors are those of it."""
     check_same_architecture(base, tuned)
     if prompts.roles is None:
-        raise InputError("Nodes are by role, and the prompts have none; give PromptBatch its roles.")
+        raise InputError(
+            "Nodes are by role, and the prompts have none; give PromptBatch its roles."
+        )
     measuring = _Measuring(base, tuned, prompts, others, seed)
     worked = measuring.worked()
     nodes = measuring.attempt("nodes", lambda: compare_nodes(worked, seed=seed))

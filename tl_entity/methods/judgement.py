@@ -346,7 +346,9 @@ def _information(evidence: PairEvidence, rules: Rules) -> Answered:
     most, interval, name = _most(changes)
     numbers = (most, interval, name)
     if min(changes.lost_interval.low, changes.new_interval.low) > rules.mostly:
-        sentence = f"Of what is carried, {most:.2f} is of a kind that the other model hardly carries."
+        sentence = (
+            f"Of what is carried, {most:.2f} is of a kind that the other model hardly carries."
+        )
         return Answered(INFORMATION, "no", sentence, *numbers)
     if max(changes.lost_interval.low, changes.new_interval.low) > rules.changed:
         groups = sorted(changes.groups, key=lambda g: -g.weight * max(g.lost, g.new))
@@ -354,7 +356,9 @@ def _information(evidence: PairEvidence, rules: Rules) -> Answered:
         return Answered(INFORMATION, "partly", sentence, *numbers)
     highest = max(changes.lost_interval.high, changes.new_interval.high)
     if highest < rules.same:
-        sentence = f"Of what is carried, {most:.2f} is of a kind that the other model hardly carries."
+        sentence = (
+            f"Of what is carried, {most:.2f} is of a kind that the other model hardly carries."
+        )
         return Answered(INFORMATION, "yes", sentence, *numbers)
     reason = f"of what is carried, anything up to {highest:.2f} may be other"
     return Answered(INFORMATION, "can't tell", f"It can't be told: {reason}.", *numbers, reason)

@@ -118,7 +118,10 @@ def compare_nodes(worked: Worked, *, seed: int = 0) -> NodesCompared:
 
 
 def _changed_nodes(worked: Worked, nodes: Sequence[Node]) -> tuple[NodeChange, ...]:
-    at = [[worked.effects[i][:, n.layer, worked.roles.index(n.role), n.head] for n in nodes] for i in (0, 1)]  # type: ignore[index]
+    at = [
+        [worked.effects[i][:, n.layer, worked.roles.index(n.role), n.head] for n in nodes]
+        for i in (0, 1)
+    ]  # type: ignore[index]
     base, tuned = (torch.stack(columns, 1).double().numpy() for columns in at)
     before, after, p_values = share_changes(base, tuned)
     adjusted = adjusted_p_values(p_values)
@@ -245,7 +248,9 @@ def _cells(worked: Worked, which: int, roles: Sequence[str]) -> dict[str, tuple[
     nodes = worked.nodes_of(which)
     found: dict[str, tuple[Head, ...]] = {}
     for role in roles:
-        heads = sorted(Head(n.layer, n.head) for n in nodes if n.role == role and n.head is not None)
+        heads = sorted(
+            Head(n.layer, n.head) for n in nodes if n.role == role and n.head is not None
+        )
         top = heads[-1].layer if heads else 0
         found[role] = tuple(heads)
         found[f"{role}, below its highest layer"] = tuple(h for h in heads if h.layer < top)

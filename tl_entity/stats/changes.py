@@ -146,8 +146,8 @@ def compare_effects(
     )
     return Changes(
         n=n,
-        lost=float(seen[-2]),
-        new=float(seen[-1]),
+        lost=max(0.0, float(seen[-2])),
+        new=max(0.0, float(seen[-1])),
         lost_interval=_within(seen[-2], Z_95 * spread[-2]),
         new_interval=_within(seen[-1], Z_95 * spread[-1]),
         difference=float(difference[0]),
@@ -203,7 +203,9 @@ def _excess(
     """Each group's weight in either model; and by how much each part's share of its group is more
     than `RATIO` times that in the other model."""
     totals = [size.sum(1, keepdims=True) for size in sizes]
-    sizes = [size / np.where(total > 0, total, np.inf) for size, total in zip(sizes, totals, strict=True)]
+    sizes = [
+        size / np.where(total > 0, total, np.inf) for size, total in zip(sizes, totals, strict=True)
+    ]
     weights = [np.maximum(0, size @ of_group) for size in sizes]
     floors = [np.maximum(weights[i], FLOOR * weights[1 - i]) @ of_group.T for i in (0, 1)]
     shares = [
@@ -223,9 +225,9 @@ def _lost_and_new(
     columns = np.zeros((len(sizes[0]), 3 * of_group.shape[1] + 2))
     columns[:, 0:-2:3] = (weights[0] + weights[1]) / 2
     for i in (0, 1):
-        changed = np.clip(excess[i] * counted[i] @ of_group, 0, 1)
+        changed = np.minimum(1, excess[i] * counted[i] @ of_group)
         columns[:, 1 + i : -2 : 3] = changed
-        columns[:, i - 2] = np.clip((changed * weights[i]).sum(1), 0, 1)
+        columns[:, i - 2] = np.minimum(1, (changed * weights[i]).sum(1))
     return columns
 
 
@@ -283,7 +285,9 @@ def kept_by_chance(
 @checked
 def share_changes(
     base: Float[np.ndarray, "batch part"], tuned: Float[np.ndarray, "batch part"]
-) -> tuple[Float64[np.ndarray, " part"], Float64[np.ndarray, " part"], Float64[np.ndarray, " part"]]:
+) -> tuple[
+    Float64[np.ndarray, " part"], Float64[np.ndarray, " part"], Float64[np.ndarray, " part"]
+]:
     """Each part's share of all effects in either model, and the p-value that it is no more than
     `RATIO` times as much in one as in the other: two-sided, by the normal distribution of its
     excess over prompts."""

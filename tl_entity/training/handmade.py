@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerBase
@@ -94,7 +93,10 @@ def handmade_model(
     generator = torch.Generator().manual_seed(seed)
     model = _noise(tokenizer, generator)
     _write_tokens(model, tokenizer, generator)
-    for share, objects, segments in zip(_halves(generator), places[0][:2], places[0][2:4], strict=True):
+    model.blocks[0].attn.W_O.data[..., AT.share] = 0
+    for share, objects, segments in zip(
+        _halves(generator), places[0][:2], places[0][2:4], strict=True
+    ):
         _read_objects(model, objects, share)
         _read_segments(model, segments, share, code)
     _write_codes(model)
@@ -160,6 +162,8 @@ def _write_tokens(
         return [tokenizer.encode(f" {word}", add_special_tokens=False)[-1] for word in words]
 
     embed = model.W_E.data
+    # What tokens are, and what counts segments, must be exact.
+    embed[:, AT.is_object : AT.asked + 1] = 0
     codes = torch.randn(len(objects), D_HEAD - 1, generator=generator)
     codes /= codes.norm(dim=1, keepdim=True)
     embed[ids(objects), AT.object] = codes
@@ -184,9 +188,7 @@ def _clear(model: HookedTransformer, layer: int, head: int) -> torch.nn.Module:
     return attn
 
 
-def _compare(
-    attn: torch.nn.Module, head: int, query: slice, key: slice, score: float
-) -> None:
+def _compare(attn: torch.nn.Module, head: int, query: slice, key: slice, score: float) -> None:
     """A score of so much where query and key hold the same code."""
     code = torch.eye(N_LABELS)
     attn.W_Q.data[head][query, _content()] = score * code

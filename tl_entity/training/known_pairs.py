@@ -265,9 +265,9 @@ def _information(generator: torch.Generator) -> "_Made":
     places = [torch.randperm(N_HEADS, generator=generator).tolist() for _ in range(N_LAYERS)]
     codes: list[Code] = ["position", "label"]
     first, seed = _draw(generator, 2), _draw(generator, 2**31)
-    sharpness = 2 + 0.6 * float(torch.rand((), generator=generator))
+    sharpness = 1 + 0.4 * float(torch.rand((), generator=generator))
     base = handmade_model(tokenizer, codes[first], sharpness, places, seed)
-    tuned = handmade_model(tokenizer, codes[1 - first], 4 * sharpness, places, seed)
+    tuned = handmade_model(tokenizer, codes[1 - first], 6 * sharpness, places, seed)
     heads = handmade_circuit(places)
     return base, tuned, Truth("yes", "yes", "yes", "heads", heads, heads, "no")
 
