@@ -15,7 +15,7 @@ are the tokens at which they act. Everything else is small noise.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -181,14 +181,14 @@ def _write_tokens(
     bias[ids(objects)] = 4 + 1.5 * torch.randn(len(objects), generator=generator)
 
 
-def _clear(model: HookedTransformer, layer: int, head: int) -> torch.nn.Module:
+def _clear(model: HookedTransformer, layer: int, head: int) -> Any:
     attn = model.blocks[layer].attn
     for name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V"):
         attn.get_parameter(name).data[head] = 0
     return attn
 
 
-def _compare(attn: torch.nn.Module, head: int, query: slice, key: slice, score: float) -> None:
+def _compare(attn: Any, head: int, query: slice, key: slice, score: float) -> None:
     """A score of so much where query and key hold the same code."""
     code = torch.eye(N_LABELS)
     attn.W_Q.data[head][query, _content()] = score * code
@@ -205,14 +205,14 @@ FLAG = D_HEAD - 1
 """A coordinate of a head that hardly turns and holds no code."""
 
 
-def _look_for(attn: torch.nn.Module, head: int, flags: Mapping[int, float]) -> None:
+def _look_for(attn: Any, head: int, flags: Mapping[int, float]) -> None:
     """Scores for tokens with flags."""
     attn.W_Q.data[head][AT.constant, FLAG] = 1 / LOUD
     for flag, score in flags.items():
         attn.W_K.data[head][flag, FLAG] = score
 
 
-def _copy(attn: torch.nn.Module, head: int, read: slice, write: slice, share: float) -> None:
+def _copy(attn: Any, head: int, read: slice, write: slice, share: float) -> None:
     """Carry what stands in one place to another."""
     n = read.stop - read.start
     attn.W_V.data[head][read, :n] = torch.eye(n)
@@ -246,7 +246,8 @@ def _read_segments(model: HookedTransformer, head: int, share: float, code: Code
 
 def _write_codes(model: HookedTransformer) -> None:
     """The share of the start among the separators becomes the number of the segment."""
-    mlp, steep = model.blocks[0].mlp, 800.0
+    mlp: Any = model.blocks[0].mlp
+    steep = 800.0
     for name in ("W_in", "W_gate", "W_out"):
         mlp.get_parameter(name).data *= 0.1
     for number in range(1, N_SEGMENTS + 1):
