@@ -1,10 +1,11 @@
 """How often `judge_pair` is right, on pairs whose truth is known.
 
 python benchmarks/calibration.py measure FOLDER --prompts 200 --seeds 0-5
-python benchmarks/calibration.py table FOLDER --out docs/trust
+python benchmarks/calibration.py table FOLDER --out docs/trust.md
 
 The first measures each pair once and keeps what it measured in the folder, a file a pair; what is
-there is not measured again. The second judges them all and writes tables and a figure.
+there is not measured again. The second judges them all and writes tables and a figure into the
+page.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0-5", help="first-last")
     parser.add_argument("--mechanisms", action="store_true", help="search for mechanisms too")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/trust"))
+    parser.add_argument("--out", type=Path, default=Path("docs/trust.md"))
     asked = parser.parse_args(arguments)
     if asked.what == "table":
         write_tables(asked.folder, asked.out)

@@ -34,6 +34,8 @@ GRIDS: dict[str, Sequence[float]] = {
 }
 """Values that are tried for each rule."""
 
+MARK = "<!-- From here on written by benchmarks/calibration.py -->"
+
 COST_OF_WRONG = 5
 """A wrong answer counts against so many right ones."""
 
@@ -199,7 +201,7 @@ def figure(of_size: dict[int, dict[str, Counter[str]]]) -> go.Figure:
 
 
 def write_tables(folder: Path, out: Path) -> None:
-    """Tables as Markdown, all answers as JSON, and the figure, beside the page that shows them."""
+    """Tables, behind a mark in the page; all answers as JSON, and the figure, beside it."""
     from tl_entity.plots.render import PngRenderer
 
     pairs = read(folder)
@@ -224,7 +226,8 @@ def write_tables(folder: Path, out: Path) -> None:
         if n != 200:
             parts += [f"## At {n} prompts ({len(some)} pairs)", table(of_size[n])]
     parts += ["## Wrong rules, planted", wrong_rules(pairs)]
-    write_atomically(out.with_suffix(".tables.md"), ("\n\n".join(parts) + "\n").encode())
+    before = out.read_text(encoding="utf-8").split(MARK)[0]
+    write_atomically(out, (before + "\n\n".join([MARK, *parts]) + "\n").encode())
     answers = [
         {
             "kind": pair.kind,
