@@ -114,7 +114,7 @@ def test_nodes_are_the_same_partly_or_not_by_what_is_beyond_chance() -> None:
     assert partly.answer == "partly"
     assert "L3H6@last" in partly.sentence and "L0H1" not in partly.sentence
     assert answer(NODES, nodes=nodes(0.7, 0.8, p_value=0.4)).answer == "no"
-    open_question = answer(NODES, nodes=nodes(0.1, 0.1, width=0.3))
+    open_question = answer(NODES, nodes=nodes(0.1, 0.1, width=0.45))
     assert open_question.answer == "can't tell"
     assert open_question.reason in open_question.sentence
 
@@ -139,7 +139,7 @@ def test_information_of_another_kind() -> None:
     part = (group("query_label", 0.4, 0.9, 0.0, 0.1),)
     found = answer(INFORMATION, information=changes(0.5, 0.1, groups=part))
     assert found.answer == "partly" and "query_label" in found.sentence
-    wide = changes(0.1, 0.1, width=0.3)
+    wide = changes(0.1, 0.1, width=0.45)
     assert answer(INFORMATION, information=wide).answer == "can't tell"
 
 

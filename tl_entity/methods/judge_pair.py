@@ -40,7 +40,7 @@ QUICK = GateTraining(first_steps=20, steps=10, prompts_per_step=16, prunings=0)
 """A shorter search than `find_mechanism` makes by itself: it finds more nodes, which are as
 faithful."""
 
-PROMPTS_SCORED = 128
+PROMPTS_SCORED = 200
 """Prompts on which nodes are scored, at most."""
 
 TARGET, AGREEMENT = 0.85, 0.8

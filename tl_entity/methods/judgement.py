@@ -72,15 +72,15 @@ class Rules:
 
     no_gain: float = 0.05
     faithful: float = 0.7
-    changed: float = 0.2
-    same: float = 0.25
+    changed: float = 0.3
+    same: float = 0.5
     beyond_chance: float = 0.05
     group_weight: float = 0.04
     group_changed: float = 0.2
     group_open: float = 0.9
     mostly: float = 0.4
     gain_share: float = 0.5
-    halves: float = 0.25
+    halves: float = 0.35
 
     def __post_init__(self) -> None:
         if not all(0 < getattr(self, name) < 1 for name in self.__dataclass_fields__):

@@ -97,18 +97,11 @@ def _fewest(mean: Float64[np.ndarray, " part"], share: float) -> Int[np.ndarray,
 
 @checked
 def compare_nodes(worked: Worked, *, seed: int = 0) -> NodesCompared:
-    """Which nodes do the work in either model. Those that are compared on one half of the prompts
-    are chosen by the other half."""
+    """Which nodes do the work in either model."""
     base, tuned = worked.flat(0), worked.flat(1)
-    fold = np.arange(len(base)) % 2
-    chosen = [
-        np.unique(np.concatenate([_fewest(x[fold != k].mean(0), WORK) for x in (base, tuned)]))
-        for k in (0, 1)
-    ]
-    groups = np.zeros(base.shape[1], dtype=np.int64)
-    changes = compare_effects(
-        base, tuned, groups, ["all nodes"], fold=fold, considered=chosen, seed=seed
-    )
+    strong = np.unique(np.concatenate([_fewest(x.mean(0), WORK) for x in (base, tuned)]))
+    groups = np.zeros(len(strong), dtype=np.int64)
+    changes = compare_effects(base[:, strong], tuned[:, strong], groups, ["all nodes"], seed=seed)
     common, by_chance, p_value = kept_by_chance(
         *(mean.reshape(worked.effects[0].shape[1:]) for mean in (base.mean(0), tuned.mean(0))),
         seed=seed,
@@ -231,9 +224,11 @@ def compare_information(
             values = [each.values for each in found]
             assert values[0] is not None
             columns += [value - values[0] for value in values[1:] if value is not None]
-        effects.append(torch.stack(columns, 1).double().cpu().numpy())
+        found_here = torch.stack(columns, 1).double().cpu().numpy()
+        # What makes a target less probable is not carried.
+        effects.append(found_here * (found_here.mean(0) > 0))
     groups = np.tile(np.arange(len(names)), len(kinds))
-    return compare_effects(effects[0], effects[1], groups, names, seed=seed)
+    return compare_effects(effects[0], effects[1], groups, names, alike=False, seed=seed)
 
 
 def _is_one(pairs: PairBatch, role: str) -> bool:

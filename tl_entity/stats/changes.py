@@ -78,58 +78,47 @@ def compare_effects(
     groups: Int[np.ndarray, " part"],
     names: Sequence[str],
     *,
-    fold: Int[np.ndarray, " batch"] | None = None,
-    considered: Sequence[np.ndarray] | None = None,
+    alike: bool = True,
     seed: int = 0,
 ) -> Changes:
     """How much of two models' effects lies in parts that do far more in one than in the other.
 
-    Every prompt counts alike: its effects are taken as shares of the sum of their sizes. Otherwise
-    the few prompts that a model is least sure of would decide a mean.
+    Every prompt counts alike, if nothing else is said: its effects are taken as shares of the sum
+    of their sizes. Otherwise the few prompts that a model is least sure of would decide a mean.
 
     Within its group each part has a share of all effects, whatever their sign; a part counts as
     lost as far as its share in the first model is more than `RATIO` times that in the second, and
     as new the other way round. So a model that does the same by the same parts, only more or less
     of it, has lost nothing.
 
-    The size of a mean over prompts, and the larger of zero and a difference, are too large wherever
-    there is noise. So one fold of the prompts says which sign each effect has and which parts
-    count, and the other fold how much it is; then the other way round, and the mean is taken.
-    Intervals are bootstrap intervals over prompts, which the models share.
+    Intervals are normal, with the spread of bootstrap samples of the prompts, which the models
+    share. Give only parts whose effects stand out of the noise: the larger of zero and a noisy
+    difference is too large, and with hundreds of such parts that adds up.
 
     Args:
         base: effects of each part on each prompt in the first model.
         tuned: in the second, on the same prompts.
         groups: which group each part is of, counted from 0.
         names: of the groups.
-        fold: for each prompt 0 or 1; the parts that count are then others in each fold.
-        considered: for each fold the parts that count there, chosen by the prompts of the other
-            fold; all if left out.
+        alike: whether every prompt counts alike; False for effects that are bounded by themselves.
         seed: of the bootstrap.
     """
-    base, tuned = (each_alike(effects) for effects in (base, tuned))
+    if alike:
+        base, tuned = (each_alike(effects) for effects in (base, tuned))
     n, n_groups = len(base), len(names)
-    fold = np.arange(n) % 2 if fold is None else fold
-    chosen = [np.arange(base.shape[1])] * 2 if considered is None else list(considered)
+    fold = np.arange(n) % 2
     generator = np.random.default_rng([seed, 11])
     weights = np.concatenate([_fold_counts(fold), _resampled(fold, generator)], 1)
-    parts: list[np.ndarray] = []
-    for k, some in enumerate(chosen):
-        one, other = base[:, some], tuned[:, some]
-        guide = [weights[1 - k] @ effects for effects in (one, other)]
-        seen = [
-            weights[k] @ effects * np.sign(of_other)
-            for effects, of_other in zip((one, other), guide, strict=True)
-        ]
-        of_group = np.zeros((len(some), n_groups))
-        of_group[np.arange(len(some)), groups[some]] = 1
-        counted = [excess > 0 for excess in _excess([np.abs(g) for g in guide], of_group)[1]]
-        parts.append(_lost_and_new(seen, of_group, counted))
-    both = np.stack(parts).mean(0)
-    both[:, :-2] = _within_groups(base, tuned, weights, groups, n_groups)
+    of_group = np.zeros((len(groups), n_groups))
+    of_group[np.arange(len(groups)), groups] = 1
+
+    def measured(prompts: np.ndarray) -> np.ndarray:
+        return _lost_and_new([np.abs(prompts @ effects) for effects in (base, tuned)], of_group)
+
+    both = measured(weights.mean(0))
     seen, again = both[0], both[1:]
     spread = again.std(0, ddof=1)
-    apart = [part[:, -2:].max(1) for part in parts]
+    apart = [measured(weights[k])[:, -2:].max(1) for k in (0, 1)]
     difference = apart[0] - apart[1]
     heavy = max(1, int((seen[:-2:3] >= HEAVY).sum()))
     z = NormalDist().inv_cdf(1 - 0.025 / (2 * heavy))
@@ -181,53 +170,27 @@ def _resampled(
     return weights
 
 
-def _within_groups(
-    base: Float64[np.ndarray, "batch part"],
-    tuned: Float64[np.ndarray, "batch part"],
-    weights: Float64[np.ndarray, "2 draw batch"],
-    groups: np.ndarray,
-    n_groups: int,
-) -> Float64[np.ndarray, "draw column"]:
-    """Weight, lost and new of each group, by all prompts at once: within a group there are too few
-    parts for noise to add up."""
-    of_group = np.zeros((base.shape[1], n_groups))
-    of_group[np.arange(len(groups)), groups] = 1
-    sizes = [np.abs(weights.mean(0) @ effects) for effects in (base, tuned)]
-    counted = [excess > 0 for excess in _excess(sizes, of_group)[1]]
-    return _lost_and_new(sizes, of_group, counted)[:, :-2]
-
-
-def _excess(
+def _lost_and_new(
     sizes: Sequence[Float64[np.ndarray, "draw part"]], of_group: Float64[np.ndarray, "part group"]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Each group's weight in either model; and by how much each part's share of its group is more
-    than `RATIO` times that in the other model."""
+) -> Float64[np.ndarray, "draw column"]:
+    """For each group its weight in either model, in the mean, what is lost and what is new; then
+    both of all groups."""
     totals = [size.sum(1, keepdims=True) for size in sizes]
     sizes = [
         size / np.where(total > 0, total, np.inf) for size, total in zip(sizes, totals, strict=True)
     ]
-    weights = [np.maximum(0, size @ of_group) for size in sizes]
+    weights = [size @ of_group for size in sizes]
     floors = [np.maximum(weights[i], FLOOR * weights[1 - i]) @ of_group.T for i in (0, 1)]
     shares = [
         size / np.where(floor > 0, floor, np.inf) for size, floor in zip(sizes, floors, strict=True)
     ]
-    return weights, [shares[i] - RATIO * shares[1 - i] for i in (0, 1)]
-
-
-def _lost_and_new(
-    sizes: Sequence[Float64[np.ndarray, "draw part"]],
-    of_group: Float64[np.ndarray, "part group"],
-    counted: Sequence[np.ndarray],
-) -> Float64[np.ndarray, "draw column"]:
-    """For each group its weight, what is lost and what is new; then both of all groups. The parts
-    that count as lost and as new are given."""
-    weights, excess = _excess(sizes, of_group)
     columns = np.zeros((len(sizes[0]), 3 * of_group.shape[1] + 2))
     columns[:, 0:-2:3] = (weights[0] + weights[1]) / 2
     for i in (0, 1):
-        changed = np.minimum(1, excess[i] * counted[i] @ of_group)
+        # What a group is short of its floor is not done by any part.
+        changed = np.maximum(0, shares[i] - RATIO * shares[1 - i]) @ of_group
         columns[:, 1 + i : -2 : 3] = changed
-        columns[:, i - 2] = np.minimum(1, (changed * weights[i]).sum(1))
+        columns[:, i - 2] = (changed * weights[i]).sum(1)
     return columns
 
 
