@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from tl_entity.methods.gate_training import GateTraining as GateTraining
     from tl_entity.methods.grafts import graft as graft
     from tl_entity.methods.grafts import graft_curve as graft_curve
+    from tl_entity.methods.judge_pair import judge_pair as judge_pair
+    from tl_entity.methods.judgement import Judgement as Judgement
     from tl_entity.methods.knockout import knock_out_attention as knock_out_attention
     from tl_entity.methods.knockout import knockout_curve as knockout_curve
     from tl_entity.methods.masked_forward import MaskedForward as MaskedForward
@@ -142,6 +144,8 @@ _HOME = {
     "HeadScores": "methods.path_patching",
     "index_ablation": "methods.ablations",
     "InputError": "errors",
+    "judge_pair": "methods.judge_pair",
+    "Judgement": "methods.judgement",
     "knock_out_attention": "methods.knockout",
     "knockout_curve": "methods.knockout",
     "learn_mask": "methods.dcm",

@@ -7,6 +7,15 @@ from tl_entity.stats.chance import (
     overlap_of_choices,
     shared_by_all,
 )
+from tl_entity.stats.changes import (
+    Changes,
+    GroupChange,
+    adjusted_p_values,
+    compare_effects,
+    each_alike,
+    kept_by_chance,
+    share_changes,
+)
 from tl_entity.stats.intervals import (
     NO_INTERVAL,
     Z_95,
@@ -28,8 +37,14 @@ __all__ = [
     "NO_INTERVAL",
     "Z_95",
     "Chance",
+    "Changes",
+    "GroupChange",
     "Interval",
+    "adjusted_p_values",
     "average_ranks",
+    "compare_effects",
+    "each_alike",
+    "kept_by_chance",
     "layered_overlap_by_chance",
     "mean_intervals",
     "overlap_by_chance",
@@ -41,6 +56,7 @@ __all__ = [
     "paired_ratio_intervals",
     "paired_share",
     "paired_share_interval",
+    "share_changes",
     "share_scores",
     "shared_by_all",
     "spearman",

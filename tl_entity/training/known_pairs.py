@@ -1,11 +1,12 @@
-"""Pairs of models whose difference is known, made from the pair that ships by exact surgery.
+"""Pairs of models whose difference is known, made from the pair that ships by exact surgery, or by
+hand.
 
 What changed between the two is written into their weights, so that whoever claims to say what a
 fine-tune changed can be held against it. Nothing is trained. Every pair has its two models in the
 same shape, with the tokenizer of the pair that ships, and answers box prompts.
 
-One kind that one would want is missing, as no exact surgery on these weights makes it: the same
-heads, come to carry other information.
+One kind can't be made of these weights by exact surgery: the same heads, come to carry other
+information. Its two models are written by hand (`tl_entity.training.handmade`).
 """
 
 import copy
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformers import PreTrainedTokenizerBase
 
 from tl_entity._typing import checked
 from tl_entity.errors import InputError
@@ -26,6 +28,13 @@ from tl_entity.hooks.run import answer_logits
 from tl_entity.models.load import load_model
 from tl_entity.tasks.boxes import box_prompts
 from tl_entity.training.guidance import PLANTED
+from tl_entity.training.handmade import (
+    N_HEADS,
+    N_LAYERS,
+    Code,
+    handmade_circuit,
+    handmade_model,
+)
 from tl_entity.training.surgery import (
     double_heads,
     insert_idle_layer,
@@ -52,6 +61,8 @@ class Truth:
             "unembedding".
         base_heads: the planted heads of the base.
         tuned_heads: those of the fine-tune.
+        same_information: whether what does the task carries the same information, by whichever
+            heads.
     """
 
     better: Holds | None
@@ -60,6 +71,7 @@ class Truth:
     changed: str
     base_heads: Circuit
     tuned_heads: Circuit
+    same_information: Holds = "yes"
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,8 @@ KINDS: Mapping[str, str] = {
     "worse": "the same heads and edges, but planted heads look less sharply",
     "redundant": "a second mechanism beside the old: copies of all heads take over half",
     "form": "the same ability, but another token no longer comes ahead of the answer",
+    "information": "the same heads and edges carry the label of the box, not its position, or the "
+    "other way round; and look more sharply",
 }
 """The kinds of pairs, and what differs in each."""
 
@@ -245,6 +259,19 @@ def _form(generator: torch.Generator) -> "_Made":
     return base, tuned, _truth("yes", "yes", "yes", "unembedding")
 
 
+def _information(generator: torch.Generator) -> "_Made":
+    tokenizer = load_model("default-base").tokenizer
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    places = [torch.randperm(N_HEADS, generator=generator).tolist() for _ in range(N_LAYERS)]
+    codes: list[Code] = ["position", "label"]
+    first, seed = _draw(generator, 2), _draw(generator, 2**31)
+    sharpness = 1 + 0.4 * float(torch.rand((), generator=generator))
+    base = handmade_model(tokenizer, codes[first], sharpness, places, seed)
+    tuned = handmade_model(tokenizer, codes[1 - first], 6 * sharpness, places, seed)
+    heads = handmade_circuit(places)
+    return base, tuned, Truth("yes", "yes", "yes", "heads", heads, heads, "no")
+
+
 _Made = tuple[HookedTransformer, HookedTransformer, Truth]
 
 _MAKERS: Mapping[str, Callable[[torch.Generator], _Made]] = {
@@ -258,6 +285,7 @@ _MAKERS: Mapping[str, Callable[[torch.Generator], _Made]] = {
     "worse": _worse,
     "redundant": _redundant,
     "form": _form,
+    "information": _information,
 }
 
 
