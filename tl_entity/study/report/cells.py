@@ -115,9 +115,9 @@ def mechanism_sentence(model: Mapping[str, Any]) -> str:
         return f"In {model['label']} no mechanism could be looked for: {found['why_not']}"
     alone, n, n_all = found["alone"], len(found["nodes"]), found["n_all"]
     return (
-        f"In {model['label']} {n} of {n_all} nodes ({n / n_all:.0%}) alone keep "
-        f"{ratio_text(alone)} of its accuracy of {alone['model']['accuracy']:.3f}, and answer "
-        f"{agreement_text(alone)} of {alone['model']['prompts']} prompts as the whole model does."
+        f"In {model['label']} {n} of {n_all} nodes alone keep {ratio_text(alone)} of its accuracy. "
+        f"They answer {agreement_text(alone)} of {alone['model']['prompts']} prompts as the whole "
+        "model does."
     )
 
 
