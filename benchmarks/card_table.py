@@ -15,7 +15,7 @@ def card_tables(results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## {machine['device']}, by `bash benchmarks/card.sh`",
         "",
-        f"torch {machine['torch']}, CUDA {machine['cuda']}; wall seconds of one run after one of a "
+        f"torch {machine['torch']}, CUDA {machine['cuda']}; wall seconds of one run after one of a",
         "single pair. *Of the rate*: counted operations a second over those of one product of two",
         "8192 x 8192 matrices of the same kind, just before. Peak memory has the weights in it.",
         "",
