@@ -158,11 +158,12 @@ def compare_edges(
         raise InputError("There are no edges between the nodes.")
     pairs = PairBatch(prompts, prompts[torch.arange(len(prompts)).roll(-1)], prompts.answers)
     aligned = AlignedPairs.draw(outside_inference(pairs), seed=seed)
-    how = {"nodes": nodes, "metric": metric}
     wanted: set[int] = set()
     for model in models:
         with guarded(model), frozen(model):
-            clean, values = estimated_values(model, aligned[:PAIRS_TO_CHOOSE], edges, **how)  # type: ignore[arg-type]
+            clean, values = estimated_values(
+                model, aligned[:PAIRS_TO_CHOOSE], edges, nodes=nodes, metric=metric
+            )
         size = (values - clean).mean(-1).abs().amax(0)
         wanted |= set(size.argsort(descending=True, stable=True)[:EDGES_RUN].tolist())
     some = [edges[i] for i in sorted(wanted)]
@@ -170,7 +171,7 @@ def compare_edges(
     effects: list[np.ndarray] = []
     for model in models:
         with guarded(model), frozen(model):
-            clean, values = edge_values(model, chosen, some, **how)  # type: ignore[arg-type]
+            clean, values = edge_values(model, chosen, some, nodes=nodes, metric=metric)
         effects.append((values - clean).T.double().cpu().numpy())
     names = list(dict.fromkeys(_input_of(edge) for edge in some))
     groups = np.array([names.index(_input_of(edge)) for edge in some])
